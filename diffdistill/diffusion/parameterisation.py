@@ -1,0 +1,164 @@
+"""What a network is given and what its output means: x, eps, v, both, or EDM's preconditioned F.
+
+Images and outputs are (B, H, W, C or 2C); log_snr is (B,) or scalar.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from diffdistill.diffusion import names
+from diffdistill.diffusion.process import alpha, angle, expand, sigma
+
+
+def x_from_eps(eps_hat: Array, z: Array, log_snr: ArrayLike) -> Array:
+    """Returns x_hat = (z - sigma eps_hat) / alpha; an error in eps_hat grows by sigma / alpha."""
+    return (z - expand(sigma(log_snr), z) * eps_hat) / expand(alpha(log_snr), z)
+
+
+def eps_from_x(x_hat: Array, z: Array, log_snr: ArrayLike) -> Array:
+    """Returns eps_hat = (z - alpha x_hat) / sigma, the inverse of `x_from_eps`."""
+    return (z - expand(alpha(log_snr), z) * x_hat) / expand(sigma(log_snr), z)
+
+
+def x_from_v(v_hat: Array, z: Array, log_snr: ArrayLike) -> Array:
+    """Returns x_hat = alpha z - sigma v_hat."""
+    return expand(alpha(log_snr), z) * z - expand(sigma(log_snr), z) * v_hat
+
+
+def v_from_x(x_hat: Array, z: Array, log_snr: ArrayLike) -> Array:
+    """Returns v_hat = (alpha z - x_hat) / sigma, the inverse of `x_from_v`."""
+    return (expand(alpha(log_snr), z) * z - x_hat) / expand(sigma(log_snr), z)
+
+
+@dataclass(frozen=True)
+class Parameterisation:
+    """The four conversions between a network and a denoiser.
+
+    output_channels(C): how many channels the network must put out for images of C channels.
+    network_input(z, log_snr): what the network sees, shape of z.
+    network_time(log_snr): its time input, shape of log_snr.
+    to_x(output, z, log_snr): x_hat, shape of z, from the output (B, H, W, output_channels(C)).
+    target(x, eps, log_snr): the output that makes to_x return x, for z = alpha x + sigma eps.
+    """
+
+    name: str
+    output_channels: Callable[[int], int]
+    network_input: Callable[[Array, ArrayLike], Array]
+    network_time: Callable[[ArrayLike], Array]
+    to_x: Callable[[Array, Array, ArrayLike], Array]
+    target: Callable[[Array, Array, ArrayLike], Array]
+
+
+def _same_channels(channels: int) -> int:
+    return channels
+
+
+def _unchanged(z: Array, log_snr: ArrayLike) -> Array:
+    return z
+
+
+def angle_time(log_snr: ArrayLike) -> Array:
+    """Returns 1000 theta / (pi/2), about 1000 t on the cosine schedule (Salimans & Ho 2022, released configuration)."""
+    return (1000.0 / (jnp.pi / 2)) * angle(jnp.clip(jnp.asarray(log_snr, dtype=float), -20.0, 20.0))
+
+
+def _x() -> Parameterisation:
+    return Parameterisation(
+        "x",
+        _same_channels,
+        _unchanged,
+        angle_time,
+        to_x=lambda output, z, log_snr: output,
+        target=lambda x, eps, log_snr: x,
+    )
+
+
+def _eps() -> Parameterisation:
+    return Parameterisation(
+        "eps",
+        _same_channels,
+        _unchanged,
+        angle_time,
+        to_x=x_from_eps,
+        target=lambda x, eps, log_snr: eps,
+    )
+
+
+def _v() -> Parameterisation:
+    def target(x: Array, eps: Array, log_snr: ArrayLike) -> Array:
+        return expand(alpha(log_snr), x) * eps - expand(sigma(log_snr), x) * x
+
+    return Parameterisation("v", _same_channels, _unchanged, angle_time, to_x=x_from_v, target=target)
+
+
+def _both() -> Parameterisation:
+    def to_x(output: Array, z: Array, log_snr: ArrayLike) -> Array:
+        # sigma^2 x~ + alpha^2 (z - sigma eps~)/alpha: each half is trusted where it is well conditioned.
+        if output.shape[-1] != 2 * z.shape[-1]:
+            raise ValueError(
+                f"output 'both' holds x and eps side by side: expected {2 * z.shape[-1]} channels for images of shape "
+                f"{z.shape}, got {output.shape}; build the network with output_channels(C) = 2C"
+            )
+        x_part, eps_part = jnp.split(output, 2, axis=-1)
+        a, s = expand(alpha(log_snr), z), expand(sigma(log_snr), z)
+        return s**2 * x_part + a * (z - s * eps_part)
+
+    return Parameterisation(
+        "both",
+        lambda channels: 2 * channels,
+        _unchanged,
+        angle_time,
+        to_x=to_x,
+        target=lambda x, eps, log_snr: jnp.concatenate([x, eps], axis=-1),
+    )
+
+
+def _edm(*, sigma_data: float = 0.5) -> Parameterisation:
+    # Karras et al. 2022, table 1, column "EDM", with s = sigma/alpha and z_ve = z/alpha put in and multiplied out, so
+    # that nothing divides by alpha: with d = sqrt(sigma^2 + sigma_data^2 alpha^2),
+    #   c_in z_ve = z / d,   c_skip z_ve = sigma_data^2 alpha z / d^2,   c_out = sigma sigma_data / d.
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data={sigma_data}: expected the standard deviation of the data, above 0 (usually 0.5)")
+
+    def scales(log_snr: ArrayLike, like: Array) -> tuple[Array, Array, Array]:
+        a, s = expand(alpha(log_snr), like), expand(sigma(log_snr), like)
+        return a, s, jnp.sqrt(s**2 + (sigma_data * a) ** 2)
+
+    def network_input(z: Array, log_snr: ArrayLike) -> Array:
+        return z / scales(log_snr, z)[2]
+
+    def network_time(log_snr: ArrayLike) -> Array:
+        return -0.125 * jnp.asarray(log_snr, dtype=float)  # c_noise = ln(s) / 4
+
+    def to_x(output: Array, z: Array, log_snr: ArrayLike) -> Array:
+        a, s, d = scales(log_snr, z)
+        return sigma_data * (sigma_data * a / d**2 * z + s / d * output)
+
+    def target(x: Array, eps: Array, log_snr: ArrayLike) -> Array:
+        a, s, d = scales(log_snr, x)
+        return (s / sigma_data * x - sigma_data * a * eps) / d
+
+    return Parameterisation("edm", _same_channels, network_input, network_time, to_x, target)
+
+
+PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
+    "x": _x,
+    "eps": _eps,
+    "v": _v,
+    "both": _both,
+    "edm": _edm,
+}
+
+
+def get(name: str, **settings: float) -> Parameterisation:
+    """Returns the parameterisation called `name`, one of PARAMETERISATIONS.
+
+    The only setting is `sigma_data` (default 0.5) of "edm". ValueError for an unknown name or setting.
+    """
+    make = names.choose(PARAMETERISATIONS, name, "network output")
+    names.check_settings(make, settings, f"network output {name!r}")
+    return make(**settings)

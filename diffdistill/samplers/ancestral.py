@@ -1,0 +1,78 @@
+"""Ancestral sampling with a variance between the two bounds of the reverse process (Salimans & Ho 2022, section 2).
+
+`denoise` is as in `ddim`: denoise(z (B, H, W, C), log_snr (B,)) -> x_hat (B, H, W, C).
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from diffdistill.diffusion.process import alpha, expand, log1mexp
+from diffdistill.diffusion.schedules import Schedule
+from diffdistill.samplers.ddim import Denoise, check_num_steps, step_times
+
+
+def step(
+    x_hat: Array,
+    z: Array,
+    noise: Array,
+    log_snr_t: ArrayLike,
+    log_snr_s: ArrayLike,
+    variance_fraction: ArrayLike,
+) -> Array:
+    """Returns z_s, shape of z, from z = z_t, the prediction x_hat and standard normal noise; s is the cleaner time.
+
+    With r = exp(log_snr_t - log_snr_s): mean r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat, and a variance
+    log-linear between the posterior's (1 - r) sigma_s^2 (fraction 0) and sigma_{t|s}^2 = (1 - r) sigma_t^2
+    (fraction 1). log_snr and fraction are scalar or (B,).
+    """
+    log_snr_t, log_snr_s = jnp.asarray(log_snr_t, dtype=float), jnp.asarray(log_snr_s, dtype=float)
+    gap = log_snr_s - log_snr_t
+    alpha_s = alpha(log_snr_s)
+    keep = jnp.exp(-gap) * alpha_s / alpha(log_snr_t)
+    log_variance = (
+        log1mexp(gap)
+        + (1.0 - variance_fraction) * jax.nn.log_sigmoid(-log_snr_s)
+        + variance_fraction * jax.nn.log_sigmoid(-log_snr_t)
+    )
+    mean = expand(keep, z) * z + expand(-jnp.expm1(-gap) * alpha_s, z) * x_hat
+    return mean + expand(jnp.exp(0.5 * log_variance), z) * noise
+
+
+def sample(
+    denoise: Denoise,
+    z: Array,
+    schedule: Schedule,
+    num_steps: int | Array,
+    *,
+    keys: Array | None,
+    clip: bool = True,
+    variance_fraction: ArrayLike = 0.0,
+) -> Array:
+    """Returns images (B, H, W, C) from noise z at t = 1 by `num_steps` equal steps in t; the last returns x_hat.
+
+    `keys` (B,) are typed PRNG keys, one per image: the noise of image k in step i comes from fold_in(keys[k], i) and
+    so depends neither on the batch nor on its place in it. `num_steps` (int >= 1) and `variance_fraction` (in [0, 1])
+    may be traced. `clip` limits x_hat to [-1, 1] at each step. ValueError for missing or misshapen keys.
+    """
+    check_num_steps(num_steps)
+    if keys is None or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != z.shape[:1]:
+        given = "None" if keys is None else f"shape {keys.shape} of {keys.dtype}"
+        raise ValueError(
+            f"the ancestral sampler needs one typed key per image, shape {z.shape[:1]}, got {given}; "
+            "make them with jax.vmap(jax.random.key)(seeds) or jax.random.split"
+        )
+    image_keys = keys
+    count = jnp.asarray(num_steps, jnp.int32)
+
+    def body(i: Array, z: Array) -> Array:
+        t, s = step_times(i, count)
+        log_snr_t, log_snr_s = schedule.log_snr(t), schedule.log_snr(s)
+        x_hat = denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1]))
+        if clip:
+            x_hat = jnp.clip(x_hat, -1.0, 1.0)
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), z.shape[1:], z.dtype))(image_keys)
+        return jnp.where(s > 0, step(x_hat, z, noise, log_snr_t, log_snr_s, variance_fraction), x_hat)
+
+    return jax.lax.fori_loop(0, count, body, z)

@@ -1,0 +1,91 @@
+"""DDIM (Song et al. 2021) as a rotation, for sampling and for distillation targets alike.
+
+A denoiser here is any function denoise(z (B, H, W, C), log_snr (B,)) -> x_hat (B, H, W, C): a closure over parameters
+and condition.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from diffdistill.diffusion.process import angle, expand
+from diffdistill.diffusion.schedules import Schedule
+
+Denoise = Callable[[Array, Array], Array]
+
+
+def check_num_steps(num_steps: int | Array) -> None:
+    """Refuses a number of steps below one: ValueError. A traced number cannot be looked at and passes."""
+    if not isinstance(num_steps, Tracer) and num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: a sampler takes at least 1 step")
+
+
+def step(x_hat: Array, z: Array, log_snr_t: ArrayLike, log_snr_s: ArrayLike) -> Array:
+    """Returns z_s, shape of z, from z = z_t and the prediction x_hat; log_snr scalar or (B,), either time the noisier.
+
+    z_s = alpha_s x_hat + (sigma_s / sigma_t)(z_t - alpha_t x_hat), Salimans & Ho 2022, eq. 8, written with angles so
+    that near times subtract nothing large: z_s = (sin b / sin a) z_t + (sin(a - b) / sin a) x_hat.
+    """
+    a, b = expand(angle(log_snr_t), z), expand(angle(log_snr_s), z)
+    return (jnp.sin(b) * z + jnp.sin(a - b) * x_hat) / jnp.sin(a)
+
+
+def sample(
+    denoise: Denoise,
+    z: Array,
+    schedule: Schedule,
+    num_steps: int | Array,
+    *,
+    keys: Array | None = None,
+    clip: bool = True,
+) -> Array:
+    """Returns images (B, H, W, C) from noise z at t = 1 by `num_steps` equal steps in t; the last returns x_hat.
+
+    `num_steps` (int >= 1) may be traced: one compilation serves every count. `clip` limits x_hat to [-1, 1] at each
+    step. `keys` is ignored, and there so that every sampler is called alike.
+    """
+    del keys
+    check_num_steps(num_steps)
+    count = jnp.asarray(num_steps, jnp.int32)
+
+    def body(i: Array, z: Array) -> Array:
+        t, s = step_times(i, count)
+        log_snr_t, log_snr_s = schedule.log_snr(t), schedule.log_snr(s)
+        x_hat = denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1]))
+        if clip:
+            x_hat = jnp.clip(x_hat, -1.0, 1.0)
+        return jnp.where(s > 0, step(x_hat, z, log_snr_t, log_snr_s), x_hat)
+
+    return jax.lax.fori_loop(0, count, body, z)
+
+
+def step_times(i: int | Array, num_steps: int | Array) -> tuple[Array, Array]:
+    """Returns the times (t, s), float32, of step i = 0..N-1 of a sampler: t = (N - i)/N down to s = (N - i - 1)/N."""
+    left = jnp.asarray(num_steps) - jnp.asarray(i)
+    total = jnp.asarray(num_steps).astype(jnp.float32)
+    return left.astype(jnp.float32) / total, (left - 1).astype(jnp.float32) / total
+
+
+def two_step_target(
+    denoise: Denoise, z_t: Array, schedule: Schedule, t: Array, m: Array, s: Array
+) -> tuple[Array, Array, Array]:
+    """Returns (x~, x1, x2), each (B, H, W, C): the x_hat with which ONE step t -> s lands where TWO, t -> m -> s, do.
+
+    t > m > s are times (B,); z_t (B, H, W, C) is at t; `denoise` is the teacher. x1 = D(z_t), and x2 = D(z_m) after a
+    DDIM step. x~ = x1 + w2 (x2 - x1) with w2 = sin(m - s) sin(t) / (sin(t - s) sin(m)) in angles, 0 < w2 <= 1: the
+    inversion of Salimans & Ho 2022 (algorithm 2) solved by hand, which subtracts nothing nearly equal. Where s is
+    exactly 0 the step ends at the data, theta_s counts as 0 and w2 = 1: compute s as i/N, not as t - 1/N. Where the
+    schedule gives t and s the same log-SNR (a discrete one asked for more steps than it has), x~ = x2.
+    """
+    log_snr_t, log_snr_m, log_snr_s = (schedule.log_snr(time) for time in (t, m, s))
+    x1 = denoise(z_t, log_snr_t)
+    x2 = denoise(step(x1, z_t, log_snr_t, log_snr_m), log_snr_m)
+    a, b, c = angle(log_snr_t), angle(log_snr_m), angle(log_snr_s)
+    whole = jnp.sin(a - c) * jnp.sin(b)
+    ends = (s <= 0) | (whole <= 0)
+    w2 = jnp.where(ends, 1.0, jnp.sin(b - c) * jnp.sin(a) / jnp.where(ends, 1.0, whole))
+    return x1 + expand(w2, x1) * (x2 - x1), x1, x2
