@@ -1,0 +1,1 @@
+"""Machinery: mesh, state, checkpoints, metrics, loop. Knows no method, no model, no data."""

@@ -1,0 +1,262 @@
+"""Checkpoints of one stage: an Orbax chain of step directories with params, ema, optimizer and meta as separate items.
+
+A checkpoint appears whole or not at all: Orbax writes into a temporary directory and renames it when every byte is
+there. Whatever a kill leaves half done is ignored and removed when the stage is opened for writing again.
+"""
+
+import dataclasses
+import errno
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from diffdistill.training import mesh as meshes
+from diffdistill.training import trees
+
+META = "meta"
+COMMITTED = "_CHECKPOINT_METADATA"
+"""The file Orbax writes into every checkpoint directory."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. The message names the directory and says what to do."""
+
+
+class _OrbaxErrorsOnly(logging.Filter):
+    """Lets pass what is not Orbax's, and Orbax's errors: its progress notes are no concern of a user."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        ours = f"{os.sep}orbax{os.sep}" not in record.pathname
+        return ours or record.levelno >= logging.ERROR
+
+
+logging.getLogger("absl").addFilter(_OrbaxErrorsOnly())
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage, in `directory`/<updates done>/.
+
+    save_every: updates between checkpoints (0 = only those that are forced). keep: how many of the newest stay.
+    read_only: for users of a finished (or still training) stage; touches nothing.
+    Saving happens in the background; `wait` (or `close`) before the process ends.
+    The state is a flax.struct.dataclass with an int32 field `step`; every other field that is not None is one item.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], save_every: int = 0, keep: int = 2, *, read_only: bool = False
+    ) -> None:
+        if save_every < 0 or keep < 1:
+            raise ValueError(f"save_every={save_every} and keep={keep}: expected save_every >= 0 and keep >= 1.")
+        self.directory = Path(os.path.abspath(directory))
+        self.save_every = save_every
+        self._read_only = read_only
+        self._manager: ocp.CheckpointManager | None = None
+        if read_only and not self.directory.is_dir():
+            return  # nothing was ever saved
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=policies.FixedIntervalPolicy(save_every)
+            if save_every
+            else policies.SpecificStepsPolicy(()),
+            preservation_policy=policies.LatestN(keep),
+            cleanup_tmp_directories=not read_only,
+            save_interval_steps=0 if read_only else 1,
+            read_only=read_only,
+            create=False,
+        )
+        try:
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                if meshes.is_main():
+                    _remove_torn(self.directory)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise CheckpointError(_explain(error, "open", self.directory)) from error
+
+    def latest(self) -> int | None:
+        """Updates done at the newest complete checkpoint; None where there is none."""
+        return None if self._manager is None else self._manager.latest_step()
+
+    def save(self, state: Any, meta: dict[str, Any] | None = None, *, force: bool = False) -> bool:
+        """Save `state` if its update number is due (a multiple of save_every) or `force`; True if it was.
+
+        meta: JSON values. Returns when the arrays are copied; the writing goes on in the background. An error of an
+        earlier background write is raised here. Never replaces a checkpoint that exists.
+        """
+        manager = self._writable()
+        step = int(state.step)
+        if step in manager.all_steps():
+            return False
+        items = {name: ocp.args.StandardSave(trees.to_dict(tree)) for name, tree in _items(state).items()}
+        args = ocp.args.Composite(**items, **{META: ocp.args.JsonSave({**(meta or {}), "step": step})})
+        try:
+            return manager.save(step, args=args, force=force)
+        except Exception as error:
+            raise self._failed_save(error) from error
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state and its meta. like: the abstract state, with shardings (`mesh.abstract`).
+
+        Raises CheckpointError where there is none, where it is damaged, or where its tensors are not those of `like`.
+        """
+        step = self._newest()
+        like = _placed(like)
+        items = _items(like)
+        self._compare(step, items)
+        args = {name: ocp.args.StandardRestore(trees.to_dict(tree)) for name, tree in items.items()}
+        sharding = like.step.sharding
+        restored = self._read(step, {**args, META: ocp.args.JsonRestore()})
+        fields = {name: trees.from_dict(tree, restored[name]) for name, tree in items.items()}
+        fields["step"] = jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, like.step.dtype))
+        return dataclasses.replace(like, **fields), dict(restored[META])
+
+    def restore_params(self, like: Any, *, ema: bool = True) -> Any:
+        """The parameters alone: the moving average where there is one (and `ema`), otherwise the parameters.
+
+        like: abstract parameters, with shardings. Reads this one item and nothing else.
+        """
+        step = self._newest()
+        like = _placed(like)
+        has_ema = ema and (self.directory / str(step) / "ema").is_dir()
+        name = "ema" if has_ema else "params"
+        self._compare(step, {name: like})
+        return trees.from_dict(like, self._read(step, {name: ocp.args.StandardRestore(trees.to_dict(like))})[name])
+
+    def meta(self) -> dict[str, Any]:
+        """The meta of the newest checkpoint."""
+        return dict(self._read(self._newest(), {META: ocp.args.JsonRestore()})[META])
+
+    def wait(self) -> None:
+        """Return when everything saved so far is on disk. Raises CheckpointError if it could not be written."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed_save(error) from error
+
+    def close(self) -> None:
+        """Wait, then release threads. The object must not be used again."""
+        self.wait()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _writable(self) -> ocp.CheckpointManager:
+        if self._manager is None or self._read_only:
+            raise CheckpointError(f"The checkpoints in {self.directory} were opened for reading only.")
+        return self._manager
+
+    def _newest(self) -> int:
+        step = self.latest()
+        if step is None:
+            raise CheckpointError(f"There is no complete checkpoint in {self.directory}: train this stage first.")
+        return step
+
+    def _read(self, step: int, args: dict[str, Any]) -> Any:
+        assert self._manager is not None  # _newest() found a checkpoint through it
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:
+            raise CheckpointError(self._damaged(step, error)) from error
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        return (
+            f"The checkpoint {self.directory / str(step)} cannot be read and seems damaged "
+            f"({_first_line(error)}). Move that directory away to continue from the checkpoint before it."
+        )
+
+    def _compare(self, step: int, items: dict[str, Any]) -> None:
+        """Every tensor of `items` must be in the checkpoint with its shape and dtype, and no other."""
+        for name, tree in items.items():
+            found = self._tensors(step, name)
+            expected = trees.flat(trees.to_dict(tree))
+            for path in sorted(found.keys() | expected.keys()):
+                a, b = _shape(found.get(path)), _shape(expected.get(path))
+                if a != b:
+                    raise CheckpointError(
+                        f"The checkpoint {self.directory / str(step)} belongs to another network or optimiser: "
+                        f"tensor {name}/{path} is {a} in the checkpoint and {b} in this configuration. "
+                        "Use the configuration it was trained with, or another workdir."
+                    )
+
+    def _tensors(self, step: int, name: str) -> dict[str, Any]:
+        """Path -> shape and dtype of what an item of a checkpoint holds; {} where it has no such item."""
+        path = self.directory / str(step) / name
+        if not path.is_dir():
+            return {}
+        try:
+            metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path)
+            return trees.flat(getattr(metadata, "item_metadata", metadata).tree)
+        except Exception as error:
+            raise CheckpointError(self._damaged(step, error)) from error
+
+    def _failed_save(self, error: Exception) -> CheckpointError:
+        """Say why, after removing what the failed write left (a full disk needs the room)."""
+        if meshes.is_main() and jax.process_count() == 1:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+        return CheckpointError(_explain(error, "write", self.directory))
+
+
+def _items(state: Any) -> dict[str, Any]:
+    """The fields of a state that become items: all but `step` and what is None."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "step"}
+    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)}
+
+
+def _placed(like: Any) -> Any:
+    """`like` with a sharding on every leaf: its own, or the first device of this process."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
+
+    return jax.tree.map(place, like)
+
+
+def _shape(leaf: Any) -> str:
+    """A tensor as a person reads it: "float32 (3, 3, 1, 8)", or "absent"."""
+    if leaf is None:
+        return "absent"
+    return f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
+
+
+def _remove_torn(directory: Path) -> None:
+    """Remove step directories that lack Orbax's mark: what a kill left while an old checkpoint was being deleted."""
+    for path in directory.iterdir():
+        if path.name.isdigit() and path.is_dir() and not (path / COMMITTED).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _explain(error: BaseException, doing: str, directory: Path) -> str:
+    """One message for a person out of an error of the file system, however deep Orbax wrapped it."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    numbers = {e.errno for e in chain if isinstance(e, OSError)}
+    text = " ".join(str(e) for e in chain)
+    kept = "Checkpoints that were complete before are intact; start the same command again to continue from the newest."
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or any(
+        os.strerror(n) in text for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    ):
+        return f"Cannot {doing} a checkpoint in {directory}: the disk is full. Free some space. {kept}"
+    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}:
+        return (
+            f"Cannot {doing} a checkpoint in {directory}: {_first_line(error)}. "
+            "Choose a workdir that is a directory and that this user may write."
+        )
+    return f"Cannot {doing} a checkpoint in {directory}: {type(error).__name__}: {_first_line(error)}. {kept}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,136 @@
+"""Devices and processes. The only file of the project that knows how many of either there are.
+
+Data parallelism over every device of every process: one mesh axis, the batch sharded along it, everything else
+replicated. `jax.jit` sees global arrays and inserts the collectives itself, so a mean over the batch is the mean over
+the whole batch, a random draw is the same draw on 1, 2 or 8 devices, and no method ever says `pmean`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXIS = "data"
+"""Name of the one mesh axis."""
+
+
+def initialize(
+    distributed: bool,
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Join the other processes of a job. Call before anything touches a device; does nothing unless `distributed`.
+
+    coordinator: "host:port" of process 0; None lets JAX read the cluster environment (SLURM, MPI, Cloud TPU, ...).
+    Raises ValueError where the other processes cannot be found: never falls back to a lonely run.
+    """
+    if not distributed:
+        return
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            "A run on several processes was asked for, but the others could not be joined "
+            f"(coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}): {error}. "
+            "Outside a known cluster give all three (coordinator as host:port of process 0), start every process "
+            "with its own process_id, and touch no device before; for one process leave the flag away."
+        ) from error
+
+
+def make_mesh() -> Mesh:
+    """A one-axis mesh ("data") over every device of every process.
+
+    Auto axes: the sharding of intermediate values is the compiler's business. (Explicit axes, the default of
+    `jax.make_mesh`, refuse the reshapes of attention.)
+    """
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def describe(mesh: Mesh) -> str:
+    """One line for a person, such as "8 x cpu in 2 processes"."""
+    processes = jax.process_count()
+    where = f" in {processes} processes" if processes > 1 else ""
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{where}"
+
+
+def is_main() -> bool:
+    """True on the one process that writes logs, metrics and pictures."""
+    return jax.process_index() == 0
+
+
+def is_accelerator(mesh: Mesh) -> bool:
+    """True where the mesh is made of GPUs or TPUs."""
+    return mesh.devices.flat[0].platform != "cpu"
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of everything that is not a batch: a full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of a batch: `axis` split over the devices, the other axes whole."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS))
+
+
+def process_slice(batch_size: int) -> tuple[int, int]:
+    """Rows [start, stop) of the global batch that this process must supply.
+
+    Raises ValueError where batch_size does not divide over all devices of all processes.
+    """
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise ValueError(
+            f"Batch size {batch_size} does not divide over {devices} devices: "
+            f"use a multiple of {devices}, such as {max(1, round(batch_size / devices)) * devices}."
+        )
+    local = batch_size // jax.process_count()
+    start = jax.process_index() * local
+    return start, start + local
+
+
+def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
+    """Global arrays, sharded along `axis`, out of this process's rows (a tree of numpy arrays)."""
+    sharding = batch_sharding(mesh, axis)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+
+def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
+    """`tree` on every device. Every process must hold equal values.
+
+    copy: the result never shares memory with `tree`, so it may be donated while the source lives on. Without it,
+    leaves that already lie on the whole mesh are handed through.
+    """
+    sharding = replicated(mesh)
+
+    def place(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return jnp.copy(leaf) if copy else leaf
+        if jax.process_count() == 1:
+            # device_put may keep the source's buffer for one of the devices: copy first.
+            return jax.device_put(jnp.array(leaf, copy=True), sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(place, tree)
+
+
+def abstract(mesh: Mesh, tree: Any) -> Any:
+    """Shapes and dtypes of `tree` (arrays or `jax.eval_shape` results), each marked as replicated over `mesh`.
+
+    What a checkpoint is restored into: it says where the arrays go, whatever devices they were saved from.
+    """
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
+def per_device_flag(mesh: Mesh, flag: bool) -> jax.Array:
+    """This process's flag as an int32 array with one entry per device; its maximum says whether any process set it."""
+    local = np.full((mesh.local_mesh.size,), int(flag), np.int32)
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), local)

@@ -1,0 +1,153 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard events where tensorboardX is installed."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffdistill.training import mesh as meshes
+
+
+class MetricWriter:
+    """Writes the metrics of one stage: one JSON object a line, {"stage", "step", name: number or list of numbers}.
+
+    directory: the run's directory; all stages share `metrics.jsonl`, TensorBoard events go to `tensorboard/<stage>`.
+    step: updates the stage has done already (0 = fresh). Lines of the stage beyond it, and a line torn by a kill, are
+    dropped on opening, so that a resumed stage leaves no line twice.
+    A value that is not finite (the loss of an empty bin) is written as null. Only the main process writes.
+    Raises OSError, with the file's name, where the directory cannot be written.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], stage: str, step: int = 0, *, tensorboard: bool = True):
+        self._stage = stage
+        self._file = None
+        self._events: Any = None
+        if not meshes.is_main():
+            return
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        _drop_lines_after(path, stage, step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._events = _event_writer(directory / "tensorboard" / stage, step)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """step: updates done. scalars: numbers or small 1-d arrays."""
+        if self._file is None:
+            return
+        values = {name: _plain(value) for name, value in scalars.items()}
+        self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
+        self._file.flush()  # to the kernel: a kill loses nothing
+        if self._events is not None:
+            for name, value in values.items():
+                for key, number in _numbered(name, value):
+                    self._events.add_scalar(key, number, step)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """images: name -> (B, H, W, C) uint8 (or float in [0, 1]). TensorBoard only."""
+        if self._events is not None:
+            for name, array in images.items():
+                self._events.add_images(name, np.asarray(array), step, dataformats="NHWC")
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        if self._file is not None:
+            self._file.flush()
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close; the writer must not be used again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+class Window:
+    """Means of metrics over windows of `size` updates, ending at multiples of `size` and at the stage's last update.
+
+    A value that is NaN (an empty bin) does not count. After a resume the first window holds the updates since then.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"log_every={size}: expected 1 or more.")
+        self._size = size
+        self._sums: dict[str, np.ndarray] = {}
+        self._counts: dict[str, np.ndarray] = {}
+
+    def add(
+        self, first: int, metrics: Mapping[str, np.ndarray], last: int
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """metrics: name -> (count, ...) rows of updates first+1 .. first+count. Yields (update, means) per full window."""
+        count = len(next(iter(metrics.values())))
+        for row in range(count):
+            for name, rows in metrics.items():
+                value = np.asarray(rows[row], np.float64)
+                valid = ~np.isnan(value)
+                self._sums[name] = self._sums.get(name, 0.0) + np.where(valid, value, 0.0)
+                self._counts[name] = self._counts.get(name, 0.0) + valid
+            update = first + row + 1
+            if update % self._size == 0 or update == last:
+                yield update, {n: _mean(self._sums[n], self._counts[n]) for n in self._sums}
+                self._sums, self._counts = {}, {}
+
+
+def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _plain(value: Any) -> Any:
+    """JSON: 6 significant digits, null for what is not finite."""
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(item) for item in array]
+    number = array.item()
+    if isinstance(number, float):
+        return float(f"{number:.6g}") if math.isfinite(number) else None
+    return number
+
+
+def _numbered(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _numbered(f"{name}/{index}", item)
+    elif value is not None:
+        yield name, value
+
+
+def _drop_lines_after(path: Path, stage: str, step: int) -> None:
+    """Rewrite `path` without the lines of `stage` beyond `step` and without torn lines. Atomic."""
+    if not path.exists():
+        return
+
+    def keep(line: str) -> bool:
+        try:
+            entry = json.loads(line)
+            return entry["stage"] != stage or entry["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and keep(line)]
+    if len(kept) < len(lines):
+        temporary = path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def _event_writer(directory: Path, step: int) -> Any:
+    """A tensorboardX writer that hides earlier events beyond `step`, or None where tensorboardX is missing."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)

@@ -1,0 +1,133 @@
+"""The training state and what one gradient does to it: clip, Adam, weight decay, learning rate, moving average."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+Params = Any
+
+
+@struct.dataclass
+class TrainState:
+    """What training changes and a checkpoint keeps.
+
+    step: () int32, updates done. params: the network's parameters. ema: their moving average, or None.
+    optimizer: the optax state. In a checkpoint every field but `step` is an item of its own.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params | None
+    optimizer: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimization:
+    """How gradients become updates.
+
+    learning_rate: peak rate. warmup_updates: linear rise from 0 over so many updates (0 = none).
+    anneal: "constant", or "linear" to zero at the end of the stage. weight_decay: decoupled, multiplied by the rate.
+    gradient_clip: largest global norm (0 = none). ema_decay: 0 = no average. ema_ramp: decay at most (1+n)/(10+n)
+    after n updates, so that a short run is not an average over its random initialisation. b1, b2, eps: Adam's.
+    """
+
+    learning_rate: float
+    warmup_updates: int = 0
+    anneal: Literal["constant", "linear"] = "constant"
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.0
+    ema_ramp: bool = True
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.anneal not in ("constant", "linear"):
+            raise ValueError(f"anneal={self.anneal!r}: expected 'constant' or 'linear'.")
+        for name in ("learning_rate", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number above 0.")
+        for name in ("warmup_updates", "weight_decay", "gradient_clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected 0 or more.")
+        for name in ("ema_decay", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least 0 and less than 1.")
+
+
+def learning_rate(optimization: Optimization, step: jax.Array, num_updates: jax.Array | int) -> jax.Array:
+    """Rate of the update that follows `step` finished ones, () float32.
+
+    Warm-up: (step+1)/warmup_updates, so that the first update already moves. Linear anneal: 1 - step/num_updates, so
+    that the first update has the full rate and the last one 1/num_updates of it (Salimans & Ho 2022, appendix).
+    num_updates may be traced: rounds of different length share one compilation.
+    """
+    done = jnp.asarray(step, jnp.float32)
+    rate = jnp.float32(optimization.learning_rate)
+    if optimization.warmup_updates:
+        rate = rate * jnp.minimum(1.0, (done + 1.0) / optimization.warmup_updates)
+    if optimization.anneal == "linear":
+        rate = rate * jnp.maximum(0.0, 1.0 - done / jnp.asarray(num_updates, jnp.float32))
+    return rate
+
+
+def ema_decay(optimization: Optimization, step: jax.Array) -> jax.Array:
+    """Decay of the moving average at the update that brings the count to `step` >= 1, () float32."""
+    decay = jnp.float32(optimization.ema_decay)
+    if optimization.ema_ramp:
+        done = jnp.asarray(step, jnp.float32)
+        decay = jnp.minimum(decay, (1.0 + done) / (10.0 + done))
+    return decay
+
+
+@dataclasses.dataclass(frozen=True)
+class Updater:
+    """Applies gradients to a TrainState as an Optimization says. Pure functions; usable inside jit."""
+
+    optimization: Optimization
+
+    def init(self, params: Params) -> TrainState:
+        """A fresh state at update 0. Copies: no leaf shares memory with `params` or another leaf, as donation needs."""
+        params = _copy(params)
+        ema = _copy(params) if self.optimization.ema_decay else None
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=ema, optimizer=self._chain().init(params))
+
+    def apply(
+        self, state: TrainState, grads: Params, num_updates: jax.Array | int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update. grads: of the mean loss over the whole batch (what jit over a sharded batch gives), so that the
+        clip is the same on any number of devices. Returns the next state and {"gradient_norm" (before the clip),
+        "learning_rate"}, both () float32.
+        """
+        rate = learning_rate(self.optimization, state.step, num_updates)
+        direction, optimizer = self._chain().update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+        step = state.step + 1
+        ema = state.ema
+        if ema is not None:
+            decay = ema_decay(self.optimization, step)
+            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+        metrics = {"gradient_norm": optax.global_norm(grads).astype(jnp.float32), "learning_rate": rate}
+        return TrainState(step=step, params=params, ema=ema, optimizer=optimizer), metrics
+
+    def averaged(self, state: TrainState) -> Params:
+        """The moving average where there is one, otherwise the parameters."""
+        return state.params if state.ema is None else state.ema
+
+    def _chain(self) -> optax.GradientTransformation:
+        """Gradient -> descent direction at rate 1; the rate is applied outside, since it is traced."""
+        o = self.optimization
+        parts = [optax.clip_by_global_norm(o.gradient_clip)] if o.gradient_clip else []
+        parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps))
+        if o.weight_decay:
+            parts.append(optax.add_decayed_weights(o.weight_decay))
+        return optax.chain(*parts)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
