@@ -1,0 +1,111 @@
+"""What every source of images is: random access to uint8 images with labels.
+
+A source is one frozen record, `Source`, made by one function per kind of data (digits, idx, images, tfds, records).
+Mistakes a user can make (a wrong path, images of several sizes, a damaged file) raise `DataError`, whose message says
+what was found, what was expected and what to do.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked; the message is meant for the person who started the program."""
+
+
+class Example(TypedDict):
+    """One image (H, W, C) uint8 in 0..255 and its class number."""
+
+    image: NDArray[np.uint8]
+    label: int
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Images and labels by number.
+
+    `read(i)` returns (image (H, W, C) uint8, label) for 0 <= i < length, is a function of i alone and may be called
+    from several threads. `digest()` is the sha256 (hex) of the content or of the file listing. `images` (length, H, W,
+    C) uint8 and `labels` (length,) int32 are present when everything already lies in memory.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    length: int
+    read: Callable[[int], tuple[NDArray[np.uint8], int]]
+    digest: Callable[[], str]
+    images: NDArray[np.uint8] | None = None
+    labels: NDArray[np.int32] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_bytes(self) -> int:
+        """What all images take once decoded."""
+        height, width, channels = self.image_shape
+        return self.length * height * width * channels
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        """Returns example number `index`, 0 <= index < len(self). Raises IndexError outside."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"example {index} asked of {self.name}, which has examples 0..{self.length - 1}")
+        image, label = self.read(index)
+        return {"image": image, "label": label}
+
+    def fingerprint(self) -> str:
+        """Returns a sha256 (hex) that changes with the data, with the classes and with the image shape."""
+        facts = f"{self.digest()} {self.length} {self.image_shape} {self.class_names}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def array_source(
+    name: str, images: NDArray[np.uint8], labels: NDArray[np.integer], class_names: tuple[str, ...]
+) -> Source:
+    """Returns a source over arrays in memory.
+
+    Args:
+      name: how messages call it.
+      images: (N, H, W, C) uint8.
+      labels: (N,) integers in 0..len(class_names)-1.
+      class_names: one name per class.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise DataError(f"{name}: images must be (N, H, W, C) uint8, found {images.shape} {images.dtype}")
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{name}: {len(images)} images but labels of shape {labels.shape}; give one label per image")
+    if len(images) == 0:
+        raise DataError(f"{name}: no images; give at least one")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise DataError(
+            f"{name}: labels run from {labels.min()} to {labels.max()}, expected 0..{len(class_names) - 1} "
+            f"for the {len(class_names)} classes"
+        )
+    images = np.ascontiguousarray(images)
+    labels = labels.astype(np.int32)
+
+    def digest() -> str:
+        content = hashlib.sha256(images.data)
+        content.update(labels.astype("<i4").data)
+        return content.hexdigest()
+
+    return Source(
+        name=name,
+        image_shape=(images.shape[1], images.shape[2], images.shape[3]),
+        class_names=class_names,
+        length=len(images),
+        read=lambda index: (images[index], int(labels[index])),
+        digest=digest,
+        images=images,
+        labels=labels,
+    )

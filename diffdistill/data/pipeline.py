@@ -1,0 +1,166 @@
+"""From a source to batches: batch number i is a function of (seed, i) alone.
+
+The order is grain's shuffled, endlessly repeated MapDataset, indexed by global position p = i * batch_size + j. A host
+that holds rows [start, stop) of the batch asks for just those positions, so any number of hosts sees the same global
+batch, and resuming needs the update number alone.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffdistill.data.contract import DataError, Source
+
+# Sets that decode to at most this many bytes are decoded once and kept; larger ones are decoded as they are asked for.
+MEMORY_LIMIT = 2 * 2**30
+
+_DECODE_BLOCK = 64  # images per task of the thread pool: a future costs about as much as decoding one small image
+
+
+class Batch(TypedDict):
+    """`image` (B, H, W, C) uint8 and `label` (B,) int32."""
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.int32]
+
+
+@lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    # Decoding and reading release the GIL; a few threads more than cores hide the latency of network disks.
+    return ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1) + 2), thread_name_prefix="decode")
+
+
+def gather(source: Source, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
+    """Returns the examples with these numbers, in this order.
+
+    Args:
+      source: any source.
+      indices: (B,) numbers in 0..len(source)-1.
+
+    Raises:
+      DataError: an image cannot be read; the message names its file.
+    """
+    chosen = np.asarray(indices, dtype=np.int64)
+    if source.images is not None and source.labels is not None:
+        return {"image": source.images[chosen], "label": source.labels[chosen]}
+    images = np.empty((len(chosen), *source.image_shape), np.uint8)
+    labels = np.empty(len(chosen), np.int32)
+
+    def fill(first: int) -> None:
+        for row in range(first, min(first + block, len(chosen))):
+            images[row], labels[row] = source.read(int(chosen[row]))
+
+    threads = _threads()
+    block = max(1, min(_DECODE_BLOCK, len(chosen) // (2 * (os.cpu_count() or 1))))
+    for _ in threads.map(fill, range(0, len(chosen), block)):
+        pass
+    return {"image": images, "label": labels}
+
+
+def in_memory(source: Source, limit: int = MEMORY_LIMIT) -> Source:
+    """Returns the same source with all images decoded in one array, or the source itself if that exceeds `limit` bytes.
+
+    Every stage of a chain can share the result. Reading everything at the start also finds a damaged file before the
+    training begins. A progress bar appears on a terminal when it takes more than two seconds.
+
+    Raises:
+      DataError: an image cannot be read; the message names its file.
+    """
+    if source.images is not None or source.num_bytes > limit:
+        return source
+    from tqdm import tqdm
+
+    images = np.empty((len(source), *source.image_shape), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    with tqdm(total=len(source), desc=f"reading {source.name}", unit="image", delay=2, disable=None) as bar:
+        for first in range(0, len(source), 4096):
+            rows = range(first, min(first + 4096, len(source)))
+            part = gather(source, rows)
+            images[rows.start : rows.stop], labels[rows.start : rows.stop] = part["image"], part["label"]
+            bar.update(len(rows))
+    return replace(source, images=images, labels=labels, read=lambda index: (images[index], int(labels[index])))
+
+
+def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit numbers whose output bits look independent."""
+    numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+class Batches:
+    """Batches by number: `batches(i)` is a function of (seed, i) alone.
+
+    Each epoch shows every image once in a new order; batches run over the ends of epochs, so a batch may be larger
+    than the whole set. With `flip`, each shown image is mirrored left-right with probability 1/2, decided by (seed,
+    global position). Rows [start, stop) of the global batch are returned: the same rows on any number of hosts.
+
+    Args:
+      source: any source; decoded once into memory when that takes at most `memory_limit` bytes (see `in_memory`).
+      batch_size: rows of the global batch.
+      seed: any non-negative integer.
+      flip: mirror images at random.
+      start, stop: this host's rows; the whole batch by default.
+      memory_limit: bytes.
+
+    Raises:
+      DataError: an impossible batch size, seed or row range; a damaged file.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        flip: bool = False,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        memory_limit: int = MEMORY_LIMIT,
+    ):
+        stop = batch_size if stop is None else stop
+        if batch_size < 1:
+            raise DataError(f"batch size {batch_size}; give at least 1")
+        if seed < 0:
+            raise DataError(f"data seed {seed}; give a non-negative integer")
+        if not 0 <= start < stop <= batch_size:
+            raise DataError(f"rows {start}..{stop} of a batch of {batch_size}; need 0 <= start < stop <= batch size")
+        self.source = in_memory(source, memory_limit)
+        self.batch_size = batch_size
+        self.rows = range(start, stop)
+        self.flip = flip
+        # grain seeds epoch e with seed + e: spread the seeds, or epoch 1 of seed 0 would be epoch 0 of seed 1.
+        order_seed, flip_seed = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        self._order = _shuffled(len(source), int(order_seed) % 2**32)
+        self._flip_seed = flip_seed
+
+    def indices(self, number: int) -> NDArray[np.int64]:
+        """Returns the example numbers (stop - start,) of this host's rows of batch `number`."""
+        first = number * self.batch_size
+        return np.array([self._order(first + row) for row in self.rows], np.int64)
+
+    def __call__(self, number: int) -> Batch:
+        """Returns this host's rows of batch `number` >= 0: `image` (rows, H, W, C) uint8, `label` (rows,) int32."""
+        if number < 0:
+            raise DataError(f"batch number {number}; batches are numbered from 0")
+        batch = gather(self.source, self.indices(number))
+        if self.flip:
+            positions = np.arange(self.rows.start, self.rows.stop, dtype=np.uint64) + np.uint64(
+                number * self.batch_size
+            )
+            mirrored = (_mix(positions ^ self._flip_seed) >> np.uint64(63)).astype(bool)
+            batch["image"][mirrored] = batch["image"][mirrored][:, :, ::-1]
+        return batch
+
+
+def _shuffled(length: int, seed: int) -> Callable[[int], int]:
+    import grain  # about a second to import: only when batches are made
+
+    return grain.MapDataset.range(length).shuffle(seed=seed).repeat().__getitem__
