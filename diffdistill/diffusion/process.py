@@ -82,8 +82,8 @@ def log1mexp(x: ArrayLike) -> Array:
     tiny = jnp.finfo(x.dtype).tiny
     cut = 0.6931472  # log 2
     # Each branch sees only arguments it can differentiate: a NaN in the branch not taken would reach the gradient.
-    small = jnp.log(-jnp.expm1(-jnp.clip(x, tiny, cut)))
-    large = jnp.log1p(-jnp.exp(-jnp.maximum(x, cut)))
+    small = jnp.log(-jnp.expm1(-jnp.maximum(jnp.where(x < cut, x, cut), tiny)))
+    large = jnp.log1p(-jnp.exp(-jnp.where(x < cut, cut, x)))
     return jnp.where(x < cut, small, large)
 
 

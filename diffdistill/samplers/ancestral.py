@@ -64,10 +64,9 @@ def sample(
             "make them with jax.vmap(jax.random.key)(seeds) or jax.random.split"
         )
     image_keys = keys
-    count = jnp.asarray(num_steps, jnp.int32)
 
     def body(i: Array, z: Array) -> Array:
-        t, s = step_times(i, count)
+        t, s = step_times(i, num_steps)
         log_snr_t, log_snr_s = schedule.log_snr(t), schedule.log_snr(s)
         x_hat = denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1]))
         if clip:
@@ -75,4 +74,4 @@ def sample(
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), z.shape[1:], z.dtype))(image_keys)
         return jnp.where(s > 0, step(x_hat, z, noise, log_snr_t, log_snr_s, variance_fraction), x_hat)
 
-    return jax.lax.fori_loop(0, count, body, z)
+    return jax.lax.fori_loop(0, num_steps, body, z)

@@ -45,22 +45,22 @@ def sample(
 ) -> Array:
     """Returns images (B, H, W, C) from noise z at t = 1 by `num_steps` equal steps in t; the last returns x_hat.
 
-    `num_steps` (int >= 1) may be traced: one compilation serves every count. `clip` limits x_hat to [-1, 1] at each
+    `num_steps` (int >= 1) may be traced: one compilation serves every count. Gradients through the sampler need it as a
+    plain int. `clip` limits x_hat to [-1, 1] at each
     step. `keys` is ignored, and there so that every sampler is called alike.
     """
     del keys
     check_num_steps(num_steps)
-    count = jnp.asarray(num_steps, jnp.int32)
 
     def body(i: Array, z: Array) -> Array:
-        t, s = step_times(i, count)
+        t, s = step_times(i, num_steps)
         log_snr_t, log_snr_s = schedule.log_snr(t), schedule.log_snr(s)
         x_hat = denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1]))
         if clip:
             x_hat = jnp.clip(x_hat, -1.0, 1.0)
         return jnp.where(s > 0, step(x_hat, z, log_snr_t, log_snr_s), x_hat)
 
-    return jax.lax.fori_loop(0, count, body, z)
+    return jax.lax.fori_loop(0, num_steps, body, z)
 
 
 def step_times(i: int | Array, num_steps: int | Array) -> tuple[Array, Array]:
@@ -76,16 +76,18 @@ def two_step_target(
     """Returns (x~, x1, x2), each (B, H, W, C): the x_hat with which ONE step t -> s lands where TWO, t -> m -> s, do.
 
     t > m > s are times (B,); z_t (B, H, W, C) is at t; `denoise` is the teacher. x1 = D(z_t), and x2 = D(z_m) after a
-    DDIM step. x~ = x1 + w2 (x2 - x1) with w2 = sin(m - s) sin(t) / (sin(t - s) sin(m)) in angles, 0 < w2 <= 1: the
-    inversion of Salimans & Ho 2022 (algorithm 2) solved by hand, which subtracts nothing nearly equal. Where s is
-    exactly 0 the step ends at the data, theta_s counts as 0 and w2 = 1: compute s as i/N, not as t - 1/N. Where the
-    schedule gives t and s the same log-SNR (a discrete one asked for more steps than it has), x~ = x2.
+    DDIM step. x~ = x1 + w2 (x2 - x1), the inversion of Salimans & Ho 2022 (algorithm 2) solved by hand, with
+    w2 = sin(m - s) sin(t) / (sin(t - s) sin(m)) in angles, so that x~ lies between x1 and x2. Where s is exactly 0 the
+    step ends at the data, theta_s counts as 0 and w2 = 1: compute s as i/N, not as t - 1/N. Where the schedule gives
+    all three times one log-SNR (a discrete one asked for more steps than it has), x~ = x1 = x2 whatever w2.
     """
     log_snr_t, log_snr_m, log_snr_s = (schedule.log_snr(time) for time in (t, m, s))
     x1 = denoise(z_t, log_snr_t)
     x2 = denoise(step(x1, z_t, log_snr_t, log_snr_m), log_snr_m)
-    a, b, c = angle(log_snr_t), angle(log_snr_m), angle(log_snr_s)
-    whole = jnp.sin(a - c) * jnp.sin(b)
-    ends = (s <= 0) | (whole <= 0)
-    w2 = jnp.where(ends, 1.0, jnp.sin(b - c) * jnp.sin(a) / jnp.where(ends, 1.0, whole))
+    # The same w2 with tan(theta) = exp(-log_snr / 2) put in: a ratio of sums of positive numbers, which float32 keeps to
+    # its last digits and inside [0, 1] where differences of angles near pi/2 would lose four of them.
+    second = jnp.expm1(0.5 * (log_snr_s - log_snr_m))
+    whole = second - jnp.expm1(0.5 * (log_snr_t - log_snr_m))
+    at_data = (s <= 0) | (whole <= 0)
+    w2 = jnp.where(at_data, 1.0, second / jnp.where(at_data, 1.0, whole))
     return x1 + expand(w2, x1) * (x2 - x1), x1, x2
