@@ -9,8 +9,9 @@ import errno
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -25,19 +26,42 @@ COMMITTED = "_CHECKPOINT_METADATA"
 """The file Orbax writes into every checkpoint directory."""
 
 
+KEPT = "Checkpoints that were complete before are intact; start the same command again to continue from the newest."
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The message names the directory and says what to do."""
 
 
-class _OrbaxErrorsOnly(logging.Filter):
-    """Lets pass what is not Orbax's, and Orbax's errors: its progress notes are no concern of a user."""
+class _NotOrbax(logging.Filter):
+    """Keeps Orbax's records out of the log: progress notes, and tracebacks of errors that we raise ourselves."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        ours = f"{os.sep}orbax{os.sep}" not in record.pathname
-        return ours or record.levelno >= logging.ERROR
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-logging.getLogger("absl").addFilter(_OrbaxErrorsOnly())
+class _NotForgotten(logging.Filter):
+    """Keeps asyncio from listing the other writes that failed with the one we report."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "orbax-checkpoint-tmp" not in record.getMessage()
+
+
+class _NotClosedLoops:
+    """In place of `sys.unraisablehook`: after a failed write, the other writes report to an event loop that Orbax has
+    closed, which is no news for a user. All else goes to the hook that was there before.
+    """
+
+    def __init__(self, hook: Any) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._hook(unraisable)
+
+
+logging.getLogger("absl").addFilter(_NotOrbax())
+logging.getLogger("asyncio").addFilter(_NotForgotten())
 
 
 class StageCheckpoints:
@@ -45,7 +69,7 @@ class StageCheckpoints:
 
     save_every: updates between checkpoints (0 = only those that are forced). keep: how many of the newest stay.
     read_only: for users of a finished (or still training) stage; touches nothing.
-    Saving happens in the background; `wait` (or `close`) before the process ends.
+    Saving happens in the background; `close` (or leave the `with` block) before the process ends.
     The state is a flax.struct.dataclass with an int32 field `step`; every other field that is not None is one item.
     """
 
@@ -72,6 +96,8 @@ class StageCheckpoints:
         )
         try:
             if not read_only:
+                if not isinstance(sys.unraisablehook, _NotClosedLoops):
+                    sys.unraisablehook = _NotClosedLoops(sys.unraisablehook)
                 self.directory.mkdir(parents=True, exist_ok=True)
                 if meshes.is_main():
                     _remove_torn(self.directory)
@@ -93,6 +119,7 @@ class StageCheckpoints:
         step = int(state.step)
         if step in manager.all_steps():
             return False
+        self._check_room(state)
         items = {name: ocp.args.StandardSave(trees.to_dict(tree)) for name, tree in _items(state).items()}
         args = ocp.args.Composite(**items, **{META: ocp.args.JsonSave({**(meta or {}), "step": step})})
         try:
@@ -108,7 +135,8 @@ class StageCheckpoints:
         step = self._newest()
         like = _placed(like)
         items = _items(like)
-        self._compare(step, items)
+        saved = {path.name for path in (self.directory / str(step)).iterdir() if path.is_dir()}
+        self._compare(step, items | {name: {} for name in sorted(saved - items.keys() - {META})})
         args = {name: ocp.args.StandardRestore(trees.to_dict(tree)) for name, tree in items.items()}
         sharding = like.step.sharding
         restored = self._read(step, {**args, META: ocp.args.JsonRestore()})
@@ -143,17 +171,39 @@ class StageCheckpoints:
 
     def close(self) -> None:
         """Wait, then release threads. The object must not be used again."""
-        self.wait()
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        try:
+            self.wait()
+        finally:
+            if self._manager is not None:
+                self._manager.close()
+                self._manager = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def _writable(self) -> ocp.CheckpointManager:
         if self._manager is None or self._read_only:
             raise CheckpointError(f"The checkpoints in {self.directory} were opened for reading only.")
         return self._manager
 
+    def _check_room(self, state: Any) -> None:
+        """Refuse before anything is written where the disk has less room than the arrays take.
+
+        Single process only: processes that see different numbers would part ways here.
+        """
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if jax.process_count() == 1 and free < need:
+            raise CheckpointError(
+                f"Cannot write a checkpoint in {self.directory}: the disk is full ({need / 1e6:.1f} MB needed, "
+                f"{free / 1e6:.1f} MB free). Free some space. {KEPT}"
+            )
+
     def _newest(self) -> int:
+        self.wait()
         step = self.latest()
         if step is None:
             raise CheckpointError(f"There is no complete checkpoint in {self.directory}: train this stage first.")
@@ -199,9 +249,11 @@ class StageCheckpoints:
 
     def _failed_save(self, error: Exception) -> CheckpointError:
         """Say why, after removing what the failed write left (a full disk needs the room)."""
-        if meshes.is_main() and jax.process_count() == 1:
+        if jax.process_count() == 1:
             for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
+            if self._manager is not None:
+                self._manager.reload()  # it counts a checkpoint from the moment its writing began
         return CheckpointError(_explain(error, "write", self.directory))
 
 
@@ -244,17 +296,16 @@ def _explain(error: BaseException, doing: str, directory: Path) -> str:
         cause = cause.__cause__ or cause.__context__
     numbers = {e.errno for e in chain if isinstance(e, OSError)}
     text = " ".join(str(e) for e in chain)
-    kept = "Checkpoints that were complete before are intact; start the same command again to continue from the newest."
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or any(
         os.strerror(n) in text for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     ):
-        return f"Cannot {doing} a checkpoint in {directory}: the disk is full. Free some space. {kept}"
+        return f"Cannot {doing} a checkpoint in {directory}: the disk is full. Free some space. {KEPT}"
     if numbers & {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}:
         return (
             f"Cannot {doing} a checkpoint in {directory}: {_first_line(error)}. "
             "Choose a workdir that is a directory and that this user may write."
         )
-    return f"Cannot {doing} a checkpoint in {directory}: {type(error).__name__}: {_first_line(error)}. {kept}"
+    return f"Cannot {doing} a checkpoint in {directory}: {type(error).__name__}: {_first_line(error)}. {KEPT}"
 
 
 def _first_line(error: BaseException) -> str:

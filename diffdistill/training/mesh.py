@@ -5,6 +5,7 @@ replicated. `jax.jit` sees global arrays and inserts the collectives itself, so 
 the whole batch, a random draw is the same draw on 1, 2 or 8 devices, and no method ever says `pmean`.
 """
 
+import hashlib
 from typing import Any
 
 import jax
@@ -112,11 +113,12 @@ def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
             data = place(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-            return jnp.copy(leaf) if copy else leaf
+            return jax.device_put(leaf, sharding, may_alias=False) if copy else leaf
+        # A private host copy: device_put may keep the memory of what it is given, whatever it is told.
+        host = np.array(leaf, copy=True)
         if jax.process_count() == 1:
-            # device_put may keep the source's buffer for one of the devices: copy first.
-            return jax.device_put(jnp.array(leaf, copy=True), sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+            return jax.device_put(host, sharding)
+        return jax.make_array_from_process_local_data(sharding, host)
 
     return jax.tree.map(place, tree)
 
@@ -134,3 +136,15 @@ def per_device_flag(mesh: Mesh, flag: bool) -> jax.Array:
     """This process's flag as an int32 array with one entry per device; its maximum says whether any process set it."""
     local = np.full((mesh.local_mesh.size,), int(flag), np.int32)
     return jax.make_array_from_process_local_data(batch_sharding(mesh), local)
+
+
+def assert_same(value: str, what: str) -> None:
+    """Refuses to go on where processes hold different text: ValueError naming `what`. No-op on a single process."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
+    gathered = multihost_utils.process_allgather(digest)
+    if not (gathered == gathered[0]).all():
+        raise ValueError(f"The processes of this run disagree on {what}: start all of them with the same command.")

@@ -112,7 +112,7 @@ class Updater:
         if ema is not None:
             decay = ema_decay(self.optimization, step)
             ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
-        metrics = {"gradient_norm": optax.global_norm(grads).astype(jnp.float32), "learning_rate": rate}
+        metrics = {"gradient_norm": optax.tree.norm(grads).astype(jnp.float32), "learning_rate": rate}
         return TrainState(step=step, params=params, ema=ema, optimizer=optimizer), metrics
 
     def averaged(self, state: TrainState) -> Params:

@@ -1,0 +1,45 @@
+"""Eight simulated devices and one do the same training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+TRAINING = Path(__file__).parents[1] / "training"
+sys.path.insert(0, str(TRAINING))
+import toy
+
+UPDATES = 12
+
+
+def losses(workdir: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_eight_devices_equal_one_and_hand_over(tmp_path):
+    """Same losses and parameters to float tolerance; what eight saved, another number resumes."""
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{TRAINING.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    script = str(TRAINING / "toy.py")
+    command = [sys.executable, script, str(tmp_path / "eight"), str(UPDATES), "--signal_at", "0", "9"]
+    interrupted = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert interrupted.returncode == 3, interrupted.stderr
+    assert interrupted.stderr == ""
+    one = toy.train(tmp_path / "one", UPDATES)
+    done = int(interrupted.stdout.split()[-1])
+    assert 0 < done < UPDATES
+    assert len(losses(tmp_path / "eight")) == done
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one")[:done], rtol=1e-5)
+    assert toy.compile_once(3).mesh.size == jax.device_count() < 8
+    resumed = toy.train(tmp_path / "eight", UPDATES)
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(tmp_path / "one"), rtol=1e-5)
+    for name, value in toy.leaves(one).items():
+        np.testing.assert_allclose(toy.leaves(resumed)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -1,0 +1,183 @@
+"""What is written, what is read back, and what is said when that cannot be done."""
+
+import errno
+import os
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffdistill.training import mesh
+from diffdistill.training.checkpoints import CheckpointError, StageCheckpoints
+from diffdistill.training.state import Optimization, TrainState, Updater
+
+
+def state(step: int = 0, width: int = 3, ema: bool = True, clip: float = 1.0) -> TrainState:
+    """A state with different numbers in every tensor."""
+    updater = Updater(Optimization(0.1, ema_decay=0.9 if ema else 0.0, gradient_clip=clip))
+    blank = updater.init({"dense": {"kernel": jnp.zeros((2, width)), "bias": jnp.zeros(width)}})
+    values, structure = jax.tree.flatten(blank.replace(step=None))
+    filled = [
+        jax.random.normal(jax.random.key(100 * step + i), v.shape) if v.dtype == jnp.float32 else v + step
+        for i, v in enumerate(values)
+    ]
+    return jax.tree.unflatten(structure, filled).replace(step=jnp.int32(step))
+
+
+def abstract(like: TrainState) -> TrainState:
+    return mesh.abstract(mesh.make_mesh(), like)
+
+
+def equal(a: TrainState, b: TrainState) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def steps(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_round_trip_by_items(tmp_path):
+    """Four items on disk; the state comes back bit for bit with its meta; nothing is warned about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with StageCheckpoints(tmp_path / "stage", save_every=2) as checkpoints:
+            assert checkpoints.latest() is None
+            assert checkpoints.save(state(1), {}) is False  # not due
+            assert checkpoints.save(state(2), {"note": "kept"}) is True
+            assert checkpoints.save(state(2), {}, force=True) is False  # never replaced
+            assert checkpoints.save(state(3), {}, force=True) is True
+            assert checkpoints.save(state(4), {"note": "kept"}) is True
+        assert steps(tmp_path / "stage") == ["3", "4"]  # the newest two
+        assert {"params", "ema", "optimizer", "meta"} <= set(steps(tmp_path / "stage" / "4"))
+        with StageCheckpoints(tmp_path / "stage") as checkpoints:
+            assert checkpoints.latest() == 4
+            restored, meta = checkpoints.restore(abstract(state()))
+    assert equal(restored, state(4))
+    assert int(restored.step) == 4
+    assert meta == {"note": "kept", "step": 4}
+
+
+def test_the_next_stage_reads_one_item(tmp_path):
+    """The moving average where there is one; the other items need not even exist."""
+    with StageCheckpoints(tmp_path / "a") as checkpoints:
+        checkpoints.save(state(5), {"seconds": 1.0}, force=True)
+    shutil.rmtree(tmp_path / "a" / "5" / "optimizer")
+    with StageCheckpoints(tmp_path / "a", read_only=True) as checkpoints:
+        averaged = checkpoints.restore_params(state().params)
+        plain = checkpoints.restore_params(jax.eval_shape(lambda: state().params), ema=False)
+        assert checkpoints.meta() == {"seconds": 1.0, "step": 5}
+        with pytest.raises(CheckpointError, match="reading only"):
+            checkpoints.save(state(6), {}, force=True)
+    assert equal(averaged, state(5).ema)
+    assert equal(plain, state(5).params)
+    with StageCheckpoints(tmp_path / "b") as checkpoints:
+        checkpoints.save(state(5, ema=False), {}, force=True)
+        assert equal(checkpoints.restore_params(state().params), state(5, ema=False).params)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (state(width=4), r"tensor params/dense/bias is float32 \(3,\) in the checkpoint and float32 \(4,\) in this"),
+        (state(ema=False), r"tensor ema/dense/bias is float32 \(3,\) in the checkpoint and absent in this"),
+        (state(clip=0.0), r"tensor optimizer/0/count is absent in the checkpoint and int32 \(\) in this"),
+    ],
+)
+def test_another_network_or_optimiser_is_named(tmp_path, other, message):
+    with StageCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), {}, force=True)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(abstract(other))
+        assert equal(checkpoints.restore(abstract(state()))[0], state(1))
+
+
+def test_what_a_kill_leaves_is_ignored_and_removed(tmp_path):
+    with StageCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), {}, force=True)
+        checkpoints.save(state(2), {}, force=True)
+    shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")  # killed while writing
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()  # killed while deleting
+    with StageCheckpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest() == 2
+    assert len(steps(tmp_path)) == 3  # a reader touches nothing
+    with StageCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 2
+        assert equal(checkpoints.restore(abstract(state()))[0], state(2))
+        assert checkpoints.save(state(3), {}, force=True)
+    assert steps(tmp_path) == ["2", "3"]
+
+
+def test_damaged_and_missing_checkpoints_are_named(tmp_path):
+    nothing = pytest.raises(CheckpointError, match="no complete checkpoint in .*none: train this stage first")
+    with StageCheckpoints(tmp_path / "none") as checkpoints, nothing:
+        checkpoints.restore(abstract(state()))
+    with StageCheckpoints(tmp_path / "gone", read_only=True) as checkpoints:
+        assert checkpoints.latest() is None
+    assert not (tmp_path / "gone").exists()
+    with StageCheckpoints(tmp_path / "torn") as checkpoints:
+        checkpoints.save(state(7), {}, force=True)
+    for path in (tmp_path / "torn" / "7" / "params").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+    damaged = pytest.raises(CheckpointError, match="torn/7 cannot be read and seems damaged")
+    with StageCheckpoints(tmp_path / "torn") as checkpoints, damaged:
+        checkpoints.restore(abstract(state()))
+
+
+@pytest.mark.parametrize("where", ["under_a_file", "proc"])
+def test_a_directory_that_cannot_be_written(tmp_path, where):
+    (tmp_path / "file").write_text("")
+    directory = tmp_path / "file" / "stage" if where == "under_a_file" else Path("/proc/nowhere")
+    with pytest.raises(CheckpointError, match=f"Cannot open a checkpoint in {directory}.*Choose a workdir"):
+        StageCheckpoints(directory)
+
+
+def test_full_disk_seen_before_writing(tmp_path, monkeypatch):
+    with StageCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), {}, force=True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+        with pytest.raises(CheckpointError, match="the disk is full .*MB needed.*before are intact"):
+            checkpoints.save(state(2), {}, force=True)
+        assert checkpoints.latest() == 1
+        assert equal(checkpoints.restore(abstract(state()))[0], state(1))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 1 MiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_full_disk_while_writing(tiny_disk, monkeypatch, capfd, caplog):
+    """The disk fills up during the background write: one message, no tracebacks, earlier checkpoints intact."""
+    with StageCheckpoints(tiny_disk / "stage") as checkpoints:
+        checkpoints.save(state(1), {}, force=True)
+        checkpoints.wait()
+        filler = tiny_disk / "filler"
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            filler.write_bytes(bytes(2 << 20))
+        with filler.open("r+b") as file:
+            file.truncate(filler.stat().st_size - 16384)  # room to begin, not to finish
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 0, 1 << 40))
+        with pytest.raises(CheckpointError, match="the disk is full. Free some space. .*before are intact"):
+            checkpoints.save(state(2), {}, force=True)
+            checkpoints.wait()
+        assert checkpoints.latest() == 1
+        filler.unlink()
+        assert checkpoints.save(state(3), {}, force=True)
+    with StageCheckpoints(tiny_disk / "stage", read_only=True) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert equal(checkpoints.restore(abstract(state()))[0], state(3))
+    assert "Traceback" not in capfd.readouterr().err
+    assert not caplog.records
