@@ -1,0 +1,146 @@
+"""The results file: one JSON object a line, appended whole, so that a killed evaluation continues where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+Key = tuple[Any, ...]
+
+# `w` is None for networks without guidance; `num_samples` counts images, `network_evaluations` those per image.
+REQUIRED = (
+    "stage",
+    "num_steps",
+    "network_evaluations",
+    "sampler",
+    "w",
+    "metric",
+    "value",
+    "num_samples",
+    "seed",
+    "hardware",
+    "wall_time",
+    "date",
+    "params_hash",
+)
+# What makes two measurements the same one. Retrained parameters have another hash and are measured again.
+IDENTITY = ("stage", "num_steps", "sampler", "w", "metric", "num_samples", "seed", "params_hash")
+
+
+def record(
+    *,
+    stage: str,
+    num_steps: int,
+    network_evaluations: int,
+    sampler: str,
+    w: float | None,
+    metric: str,
+    value: float,
+    num_samples: int,
+    seed: int,
+    hardware: str,
+    wall_time: float,
+    params_hash: str,
+    **more: Any,
+) -> Record:
+    """One measurement, dated now (UTC). `wall_time` in seconds; further facts may be added by keyword."""
+    return {
+        "stage": stage,
+        "num_steps": int(num_steps),
+        "network_evaluations": int(network_evaluations),
+        "sampler": sampler,
+        "w": None if w is None else float(w),
+        "metric": metric,
+        "value": float(value),
+        "num_samples": int(num_samples),
+        "seed": int(seed),
+        "hardware": hardware,
+        "wall_time": float(wall_time),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "params_hash": params_hash,
+        **more,
+    }
+
+
+def append(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
+    """Appends records in one write and flushes them to disk; a torn line left by a killed process is removed first.
+
+    Raises ValueError when a record lacks a required field or its value is not a finite number.
+    """
+    lines = [_line(entry) for entry in records]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        _drop_torn_line(file)
+        file.write("".join(lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: str | os.PathLike[str]) -> list[Record]:
+    """All records in order; none when the file does not exist. A torn last line is left out.
+
+    Raises ValueError naming file and line where any other line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn, or empty
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: not a JSON object ({error}); correct or delete the line"
+            ) from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object; found {line[:60]!r}")
+        records.append(entry)
+    return records
+
+
+def key(entry: Mapping[str, Any]) -> Key:
+    """What identifies a measurement: the fields of `IDENTITY`, w as a float so that 1 and 1.0 are one."""
+    return tuple(
+        float(entry[name]) if name == "w" and entry.get(name) is not None else entry.get(name) for name in IDENTITY
+    )
+
+
+def finished(records: Iterable[Mapping[str, Any]]) -> set[Key]:
+    """The keys of everything measured so far: `key(candidate) in finished(read(path))` says what to skip."""
+    return {key(entry) for entry in records}
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    missing = [name for name in REQUIRED if name not in entry]
+    if missing:
+        raise ValueError(f"a result lacks {', '.join(missing)}; every line needs {', '.join(REQUIRED)}")
+    value = entry["value"]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{entry['stage']}, {entry['metric']}: expected a finite number as value; given {value!r}")
+    return json.dumps(dict(entry), allow_nan=False) + "\n"
+
+
+def _drop_torn_line(file: Any) -> None:
+    """Cuts what follows the last newline: the rest of a write that a kill interrupted."""
+    end = file.seek(0, os.SEEK_END)
+    start = end
+    tail = b""
+    while start > 0 and b"\n" not in tail:
+        step = min(4096, start)
+        start -= step
+        file.seek(start)
+        tail = file.read(step) + tail
+    keep = start + tail.rfind(b"\n") + 1
+    if keep < end:
+        file.truncate(keep)
+    file.seek(0, os.SEEK_END)
