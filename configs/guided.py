@@ -1,0 +1,58 @@
+"""Distillation of guided models as published (Meng et al. 2023): teacher, one w-conditioned student, rounds of halving.
+
+    python main.py --config=configs/guided.py:cifar10 --workdir=runs/guided_cifar10 --config.data.path=PATH
+    python main.py --config=configs/guided.py:imagenet64 --workdir=runs/guided_imagenet64 --config.data.path=PATH
+
+Add --mode=plan to see sizes, memory and FLOPs first; append "-smoke" to the row for a few tiny updates on the embedded
+digits. PATH holds what `--mode=prepare` wrote. Guidance weights are w of (1 + w) conditional - w unconditional. The
+lengths of the teachers and of the last rounds are recalled, not published.
+"""
+
+from typing import Any
+
+from diffdistill.config import default_config, smoke
+
+ROWS = ("cifar10", "imagenet64")
+
+
+def get_config(row: str = "cifar10") -> Any:
+    """The settings of one row: cifar10 or imagenet64, each also with "-smoke"."""
+    name = row.removesuffix("-smoke")
+    if name not in ROWS:
+        raise ValueError(f"configs/guided.py has no row {row!r}; rows: {', '.join(ROWS)}, each also with '-smoke'.")
+    config = default_config()
+    config.name = f"guided-{row}"
+    config.data.source = "array_record"
+    config.data.flip = True
+    config.training.updates_per_call = 100
+    config.training.log_every = 1000
+    config.training.save_every = 10_000
+    config.evaluation.num_samples = 0  # FID is computed by its own command; domain features are for small images
+
+    model, teacher, guided, halving = config.model, config.teacher, config.guided, config.progressive
+    model.prediction = "v"
+    model.blocks_per_level = 3
+    teacher.weight = guided.weight = "snr"
+    halving.weight = "snr_trunc"
+    teacher.label_dropout = 0.1
+    teacher.warmup_updates = 1000
+    teacher.ema_decay = guided.ema_decay = 0.9999
+    guided.w_min, guided.w_max = 0.0, 4.0
+    halving.anneal, halving.learning_rate = "linear", 1e-4
+    halving.start_steps, halving.num_updates, halving.final_num_updates = 1024, 50_000, 100_000
+
+    if name == "cifar10":
+        model.channels, model.multipliers, model.embedding = 256, (1, 1, 1), 1024
+        model.attention_resolutions, model.num_heads = (8, 16), 1
+        teacher.num_updates, teacher.batch_size, teacher.learning_rate = 800_000, 128, 2e-4
+        teacher.dropout, teacher.weight_decay = 0.2, 0.001
+        guided.num_updates, guided.batch_size, guided.learning_rate = 520_000, 128, 1e-4
+        halving.batch_size = 128
+    else:
+        model.channels, model.multipliers, model.embedding = 192, (1, 2, 3, 4), 768
+        model.head_dim, model.attention_resolutions = 64, (8, 16, 32)
+        teacher.num_updates, teacher.batch_size, teacher.learning_rate = 550_000, 2048, 3e-4
+        teacher.dropout = 0.1
+        guided.num_updates, guided.batch_size, guided.learning_rate = 520_000, 2048, 3e-4
+        halving.batch_size = 256
+    return smoke(config) if row.endswith("-smoke") else config

@@ -1,0 +1,196 @@
+"""The plan of a run: the stages of a config, in order, as data; and what each stage binds together.
+
+A plan is a tuple of :class:`Stage`. Adding a distillation method means one file in ``methods`` and one entry here.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from diffdistill.config import (
+    Config,
+    ConfigError,
+    GuidedConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ProcessConfig,
+    TeacherConfig,
+)
+from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.diffusion.schedules import Schedule
+from diffdistill.methods import Method
+from diffdistill.methods.guided import distillation
+from diffdistill.methods.progressive import halving
+from diffdistill.methods.teacher import teacher
+from diffdistill.models.denoiser import Denoiser
+from diffdistill.models.unet import UNet
+from diffdistill.training.state import Optimization, Updater
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a chain.
+
+    Attributes:
+      name: also its folder in the workdir.
+      method: teacher, guided or progressive.
+      teacher: the name of the earlier stage that it learns from; empty for a stage that learns from data alone.
+      num_steps: sampler steps of the student; 0 where the model is not tied to a number of steps.
+      num_updates, settings: its length and its part of the config.
+      conditioned_on_guidance: whether the network has an embedding of w.
+    """
+
+    name: str
+    method: str
+    teacher: str
+    num_steps: int
+    num_updates: int
+    settings: OptimizationConfig
+    conditioned_on_guidance: bool
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What networks need to know of the data."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...] = ()
+
+
+def plan(config: Config) -> tuple[Stage, ...]:
+    """The stages of a config: teacher, then the guided student where asked for, then the rounds of halving."""
+    stages = [Stage("teacher", "teacher", "", 0, config.teacher.num_updates, config.teacher, False)]
+    guided = config.guided.num_updates > 0
+    if guided:
+        stages.append(Stage("guided", "guided", "teacher", 0, config.guided.num_updates, config.guided, True))
+    progressive = config.progressive
+    if progressive.num_updates > 0:
+        num_steps = progressive.start_steps // 2
+        for index in range((progressive.start_steps // progressive.end_steps).bit_length() - 1):
+            updates = progressive.num_updates
+            if num_steps <= 2 and progressive.final_num_updates:
+                updates = progressive.final_num_updates
+            name = f"round_{index:02d}_steps_{num_steps:04d}"
+            stages.append(Stage(name, "progressive", stages[-1].name, num_steps, updates, progressive, guided))
+            num_steps //= 2
+    return tuple(stages)
+
+
+def full_steps(config: Config) -> int:
+    """The number of steps at which models that are tied to none (teacher, guided student) count as sampled in full."""
+    if config.progressive.num_updates > 0:
+        return config.progressive.start_steps
+    return max(config.evaluation.num_steps, default=256)
+
+
+def guidance_range(config: Config, stage: Stage) -> tuple[float, float] | None:
+    """(w_min, w_max) of a stage with an embedding of w; None for any other."""
+    return (config.guided.w_min, config.guided.w_max) if stage.conditioned_on_guidance else None
+
+
+@functools.cache
+def schedule_of(process: ProcessConfig) -> Schedule:
+    """The noise schedule of a config; the same object for equal settings, so that it can key compiled programs."""
+    return schedules.get(
+        process.schedule,
+        log_snr_min=process.log_snr_min,
+        log_snr_max=process.log_snr_max,
+        num_train_steps=process.num_train_steps,
+    )
+
+
+def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: float = 0.0) -> Denoiser:
+    """The denoiser that a stage trains; network and output are the same in every stage but for the w branch."""
+    embedding = config.guided.w_embedding if stage.conditioned_on_guidance else "none"
+    return _denoiser(config.model, embedding, facts, dropout)
+
+
+@functools.cache
+def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dropout: float) -> Denoiser:
+    output = parameterisation.get(model.prediction)
+    num_classes = facts.num_classes if model.conditional else 0
+    network = UNet(
+        channels=model.channels,
+        multipliers=model.multipliers,
+        embedding=model.embedding,
+        output_channels=output.output_channels(facts.image_shape[-1]),
+        blocks_per_level=model.blocks_per_level,
+        attention_resolutions=model.attention_resolutions,
+        num_heads=None if model.head_dim else model.num_heads,
+        head_dim=model.head_dim or None,
+        dropout=dropout,
+        num_classes=num_classes,
+        guidance_embedding=guidance_embedding,
+        num_groups=model.num_groups,
+        dtype=jnp.dtype(model.dtype),
+        remat=model.remat,
+        attention=model.attention,
+    )
+    return Denoiser(network, output, num_classes, facts.image_shape)
+
+
+def updater_of(stage: Stage) -> Updater:
+    """Optimiser and average of the parameters of a stage."""
+    settings = stage.settings
+    return Updater(
+        Optimization(
+            learning_rate=settings.learning_rate,
+            warmup_updates=settings.warmup_updates,
+            anneal=settings.anneal,
+            weight_decay=settings.weight_decay,
+            gradient_clip=settings.gradient_clip,
+            ema_decay=settings.ema_decay,
+            ema_ramp=settings.ema_ramp,
+        )
+    )
+
+
+def method_of(config: Config, stage: Stage, facts: DataFacts) -> Method:
+    """Binds a stage's method to its networks, schedule, weight and optimiser.
+
+    Rounds of one chain get the SAME method object (number of steps, number of updates and teacher are arguments of
+    its step), so that whoever compiles per method compiles once per chain.
+    """
+    return _method(config, _anonymous(stage), facts)
+
+
+def _anonymous(stage: Stage) -> Stage:
+    return Stage("", stage.method, "", 0, 0, stage.settings, stage.conditioned_on_guidance)
+
+
+@functools.lru_cache(maxsize=8)
+def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
+    settings = stage.settings
+    denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)
+    schedule = schedule_of(config.process)
+    weight, updater = weighting.get(settings.weight), updater_of(stage)
+    common: dict[str, Any] = {"stratified": settings.stratified_times}
+    if isinstance(settings, TeacherConfig):
+        return teacher(denoiser, schedule, weight, updater, label_dropout=settings.label_dropout, **common)
+    if isinstance(settings, GuidedConfig):
+        teacher_network = _denoiser(config.model, "none", facts, 0.0)
+        return distillation(
+            denoiser, teacher_network, schedule, weight, updater, w_min=settings.w_min, w_max=settings.w_max, **common
+        )
+    return halving(
+        denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common
+    )
+
+
+def check_data(config: Config, facts: DataFacts) -> None:
+    """Refuses a network that does not fit the images: ConfigError."""
+    height, width, _ = facts.image_shape
+    factor = 2 ** (len(config.model.multipliers) - 1)
+    if height % factor or width % factor:
+        raise ConfigError(
+            f"config.model.multipliers {config.model.multipliers} halve the image {len(config.model.multipliers) - 1} "
+            f"times, but the images are {height} x {width}: both must be multiples of {factor}. "
+            "Use fewer multipliers or set config.data.image_size."
+        )
+    if config.model.conditional and facts.num_classes < 1:
+        raise ConfigError("config.model.conditional is True, but the data has no classes. Set it to False.")

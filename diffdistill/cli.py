@@ -1,0 +1,222 @@
+"""The command line: one flag --mode, one config, one workdir; every expected mistake ends in one message.
+
+Exit codes: 0 done; 1 the run failed (data, disk, checkpoint); 2 wrong usage or config; 3 the loss is not finite;
+130 and 143 stopped by Ctrl-C and SIGTERM, with everything saved: the same command continues.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 3, 130, 143
+
+
+def define_flags() -> None:
+    """Defines the flags of main.py."""
+    flags.DEFINE_enum(
+        "mode",
+        "run",
+        list(MODES),
+        "run: train every stage, evaluate, report. train: stages only. evaluate: measure finished stages and report. "
+        "plan: show what a run would do. sample: images from a stage. prepare: images -> ArrayRecord.",
+    )
+    config_flags.DEFINE_config_file(
+        "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
+    )
+    flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
+    flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
+    flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
+    flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
+    flags.DEFINE_string("sampler", "", "sample: ddim or ancestral (default from the config).")
+    flags.DEFINE_integer("num", 100, "sample: number of images.")
+    flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
+    flags.DEFINE_list("labels", [], "sample: classes by number or name, repeated in turn (default all classes).")
+    flags.DEFINE_string("latents", "", "sample: .npy file with the initial noise, (num, H, W, C) float32.")
+    flags.DEFINE_string("out", "", "sample: folder for samples.png and samples.npz (default <workdir>/samples).")
+    flags.DEFINE_string("source", "", "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches.")
+    flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
+    flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
+    flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")
+    flags.DEFINE_integer("num_processes", 0, "distributed: number of processes (default: from the cluster).")
+    flags.DEFINE_integer("process_id", -1, "distributed: number of this process (default: from the cluster).")
+
+
+def main() -> None:
+    """Runs the program and exits with one of the documented codes."""
+    quiet()
+    define_flags()
+    try:
+        app.run(_main, flags_parser=_parse)
+    except KeyboardInterrupt:
+        _stop("Stopped before anything of this start needed saving. Start the same command again to continue.")
+        sys.exit(EXIT_SIGINT)
+
+
+def quiet() -> None:
+    """Silences what the libraries say about themselves; what concerns the user stays."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.WARNING)
+    warnings.filterwarnings("ignore", module="orbax|flax|tensorflow_datasets|grain")
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    try:
+        return FLAGS(arguments)
+    except flags.Error as error:
+        _fail(f"{error}", EXIT_USAGE)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        _fail(f"Config: {_clean(error)}", EXIT_USAGE)
+    except (OSError, ImportError) as error:
+        _fail(f"Config: {_clean(error)} (--config takes a Python file, such as configs/digits.py).", EXIT_USAGE)
+    raise AssertionError("unreachable")
+
+
+def _main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        _fail(f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE)
+    from diffdistill.chain import ConfigError
+    from diffdistill.data.contract import DataError
+    from diffdistill.evaluate import EvaluationInterrupted
+    from diffdistill.sample import SampleError
+    from diffdistill.training import mesh
+    from diffdistill.training.checkpoints import CheckpointError
+    from diffdistill.training.interrupt import catch_signals
+    from diffdistill.training.loop import Interrupted, NonFiniteLoss
+    from diffdistill.workdir import WorkdirError
+
+    with catch_signals() as interrupt:
+        try:
+            mesh.initialize(
+                FLAGS.distributed,
+                coordinator=FLAGS.coordinator or None,
+                num_processes=FLAGS.num_processes or None,
+                process_id=FLAGS.process_id if FLAGS.process_id >= 0 else None,
+            )
+            MODES[FLAGS.mode](interrupt)
+        except (Interrupted, EvaluationInterrupted) as stop:
+            _stop(str(stop))
+            sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)
+        except NonFiniteLoss as error:
+            _fail(str(error), EXIT_NOT_FINITE)
+        except (ConfigError, SampleError) as error:
+            _fail(str(error), EXIT_USAGE)
+        except (DataError, WorkdirError, CheckpointError, ValueError) as error:
+            _fail(str(error), EXIT_FAILED)
+        except OSError as error:
+            _fail(f"{error}. Checkpoints that were complete before are intact.", EXIT_FAILED)
+
+
+def _config() -> Any:
+    from diffdistill.config import resolve
+
+    return resolve(FLAGS.config)
+
+
+def _workdir(config: Any) -> str:
+    return FLAGS.workdir or str(Path("runs") / config.name)
+
+
+def _run(interrupt: Any) -> None:
+    _train(interrupt)
+    _evaluate(interrupt)
+
+
+def _train(interrupt: Any) -> None:
+    from diffdistill import plan, runner
+
+    config = _config()
+    run = runner.prepare(config, _workdir(config))
+    _say(plan.summary(run))
+    runner.train(run, interrupt, say=_say)
+
+
+def _evaluate(interrupt: Any) -> None:
+    from diffdistill import evaluate, runner, workdir
+    from diffdistill.data.pipeline import in_memory
+    from diffdistill.report import write_report
+
+    config = _config()
+    folder = workdir.read(_workdir(config))
+    source, _ = runner.open_data(folder.config)
+    evaluate.evaluate(folder, in_memory(source), interrupt, say=_say)
+    table, page = write_report(folder)
+    _say(table)
+    _say(f"\nReport: {page}")
+
+
+def _plan(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill import plan
+
+    _say(plan.describe(_config()))
+
+
+def _sample(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill import sample
+
+    config_given = any(argument.startswith(("--config", "-config")) for argument in sys.argv)
+    path = FLAGS.workdir or _workdir(_config() if config_given else _config())
+    sample.to_files(
+        Path(path) / FLAGS.stage if FLAGS.stage else Path(path),
+        out=FLAGS.out,
+        num=FLAGS.num,
+        seed=FLAGS.seed,
+        labels=FLAGS.labels,
+        latents=FLAGS.latents,
+        w=FLAGS.w,
+        num_steps=FLAGS.steps or None,
+        sampler=FLAGS.sampler or None,
+        say=_say,
+    )
+
+
+def _prepare(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill.data.prepare import prepare
+
+    if not FLAGS.source or not FLAGS.destination:
+        _fail("--mode=prepare needs --source=PATH (what to read) and --destination=FOLDER (where to write).", EXIT_USAGE)
+    prepare(FLAGS.source, FLAGS.destination)
+
+
+MODES: dict[str, Callable[[Any], None]] = {
+    "run": _run,
+    "train": _train,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "sample": _sample,
+    "prepare": _prepare,
+}
+
+
+def _say(text: str) -> None:
+    from diffdistill.training.mesh import is_main
+
+    if is_main():
+        print(text, flush=True)
+
+
+def _stop(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"Error: {text}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _clean(error: BaseException) -> str:
+    text = str(error.args[0]) if error.args else str(error)
+    return " ".join(text.split())

@@ -1,0 +1,5 @@
+"""What is trained: one file per idea, each binding pure functions into one :class:`~diffdistill.methods.base.Method`."""
+
+from diffdistill.methods.base import Method
+
+__all__ = ["Method"]

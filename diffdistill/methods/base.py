@@ -1,0 +1,130 @@
+"""The contract between a training method and the machinery that runs it, and what every method shares.
+
+A batch is ``{"image": (B, H, W, C) uint8 or float32, "label": (B,) int32}``. The schedule arguments are traced scalars
+``{"num_steps": int32, "num_updates": int32}``, so that one compiled step serves every round of a halving chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from diffdistill.diffusion import process
+from diffdistill.diffusion.schedules import Schedule
+
+Params = Any
+State = Any
+Metrics = dict[str, jax.Array]
+Loss = Callable[[Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]]
+
+LOG_SNR_BINS = 8
+_LOG_SNR_RANGE = (-20.0, 20.0)
+_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation")
+
+
+class Updater(Protocol):
+    """How parameters become a training state and gradients change it; ``training.state.Updater`` is one."""
+
+    def init(self, params: Params) -> State: ...
+
+    def apply(self, state: State, grads: Params, num_updates: jax.Array) -> tuple[State, Metrics]: ...
+
+    def averaged(self, state: State) -> Params: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training, as pure functions.
+
+    Attributes:
+      name: the method's name.
+      init: ``(key, sources) -> state``; ``sources`` maps the role of an earlier stage ("teacher") to its parameters.
+      step: ``(state, frozen, batch, key, arguments) -> (state, metrics)``: one update. ``frozen`` holds what the
+        method reads and never changes; metrics are float32 scalars or short vectors and contain ``"loss"``.
+      export: ``state -> params``, what the next stage and the samplers use.
+    """
+
+    name: str
+    init: Callable[[jax.Array, Mapping[str, Params]], State]
+    step: Callable[..., tuple[State, Metrics]]
+    export: Callable[[State], Params]
+
+
+def from_loss(
+    name: str, init_params: Callable[[jax.Array, Mapping[str, Params]], Params], loss: Loss, updater: Updater
+) -> Method:
+    """A method that follows the gradient of one loss ``(params, frozen, batch, key, arguments) -> (loss, metrics)``."""
+
+    def step(
+        state: State, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
+    ) -> tuple[State, Metrics]:
+        grads, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key, arguments)
+        state, more = updater.apply(state, grads, arguments["num_updates"])
+        return state, {**metrics, **more}
+
+    return Method(name, lambda key, sources: updater.init(init_params(key, sources)), step, updater.averaged)
+
+
+def streams(key: jax.Array) -> dict[str, jax.Array]:
+    """The fixed list of random streams of one update, folded last (spec: no chained splits)."""
+    return {name: jax.random.fold_in(key, index) for index, name in enumerate(_STREAMS)}
+
+
+def images(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """(B, H, W, C) float32 data: bytes are mapped to [-1, 1], floating-point data (latents) are taken as they are."""
+    image = batch["image"]
+    if image.dtype == jnp.uint8:
+        return image.astype(jnp.float32) / 127.5 - 1.0
+    return image.astype(jnp.float32)
+
+
+def uniform(key: jax.Array, batch_size: int, *, stratified: bool) -> jax.Array:
+    """(B,) draws whose marginals are U[0, 1).
+
+    Stratified draws share one random offset and are spaced by 1/B (Kingma et al. 2021, appendix I.1): each example is
+    still uniform, and the loss of a batch varies less with the times it happens to hold.
+    """
+    if not stratified:
+        return jax.random.uniform(key, (batch_size,))
+    draws = (jnp.arange(batch_size) + jax.random.uniform(key, ())) / batch_size
+    # In float32 the last draw can round up to 1.
+    return jnp.minimum(draws, jnp.float32(1.0) - jnp.finfo(jnp.float32).epsneg)
+
+
+def training_times(key: jax.Array, batch_size: int, schedule: Schedule, *, stratified: bool) -> jax.Array:
+    """(B,) times in [0, 1]: uniform, or uniform over n/T, n = 1..T, for a schedule of T discrete steps."""
+    draws = uniform(key, batch_size, stratified=stratified)
+    if schedule.num_train_steps is None:
+        return draws
+    return (jnp.floor(draws * schedule.num_train_steps) + 1.0) / schedule.num_train_steps
+
+
+def noised(key: jax.Array, x: jax.Array, log_snr: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(z, eps): data x at noise level log_snr (B,) and the noise that was added."""
+    eps = jax.random.normal(key, x.shape, jnp.float32)
+    return process.add_noise(x, eps, log_snr), eps
+
+
+def weighted_loss(
+    x_hat: jax.Array, target: jax.Array, log_snr: jax.Array, weight: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, Metrics]:
+    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and its share per log-SNR bin.
+
+    The metrics hold, for LOG_SNR_BINS equal bins of log-SNR in [-20, 20], the sum of the per-example losses and the
+    number of examples ("loss_sum_by_log_snr", "count_by_log_snr"): averages over many updates divide the two.
+    """
+    errors = jnp.mean(jnp.square(x_hat - target), axis=tuple(range(1, x_hat.ndim)))
+    losses = weight(log_snr) * errors
+    low, high = _LOG_SNR_RANGE
+    index = jnp.clip(((log_snr - low) / (high - low) * LOG_SNR_BINS).astype(jnp.int32), 0, LOG_SNR_BINS - 1)
+    member = jax.nn.one_hot(index, LOG_SNR_BINS)
+    loss = jnp.mean(losses)
+    return loss, {
+        "loss": loss,
+        "loss_sum_by_log_snr": losses @ member,
+        "count_by_log_snr": jnp.sum(member, axis=0),
+    }

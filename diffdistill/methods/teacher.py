@@ -1,0 +1,55 @@
+"""Teacher: a diffusion model trained on data, any network output with any loss weight (Salimans & Ho 2022, section 4).
+
+Labels are dropped to the null class with a given probability, so that the model can be guided without a classifier
+(Ho & Salimans 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffdistill.diffusion.schedules import Schedule
+from diffdistill.methods import base
+from diffdistill.models.denoiser import Condition, Denoiser
+
+
+def teacher(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    weight: Callable[[jax.Array], jax.Array],
+    updater: base.Updater,
+    *,
+    label_dropout: float = 0.0,
+    stratified: bool = False,
+) -> base.Method:
+    """Method that fits ``denoiser`` to data: weight(log_snr) ||D(z_t, log_snr, label) - x||^2, t uniform.
+
+    Args:
+      denoiser: network and parameterisation; conditional where its number of classes is positive.
+      schedule: log-SNR as a function of t in [0, 1].
+      weight: factor on the mean squared error of x_hat, a function of log-SNR (see diffusion.weighting).
+      updater: optimiser.
+      label_dropout: probability of the null class, 0 to 1.
+      stratified: spread the times of one batch evenly (see base.uniform).
+    """
+
+    def loss(
+        params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, base.Metrics]:
+        del frozen, arguments
+        random = base.streams(key)
+        x = base.images(batch)
+        log_snr = schedule.log_snr(base.training_times(random["time"], x.shape[0], schedule, stratified=stratified))
+        z, _ = base.noised(random["noise"], x, log_snr)
+        condition = Condition()
+        if denoiser.num_classes:
+            dropped = jax.random.bernoulli(random["label"], label_dropout, (x.shape[0],))
+            condition = Condition(label=jnp.where(dropped, denoiser.num_classes, batch["label"]))
+        x_hat = denoiser(params, z, log_snr, condition, dropout_key=random["dropout"])
+        return base.weighted_loss(x_hat, x, log_snr, weight)
+
+    return base.from_loss("teacher", lambda key, sources: denoiser.init(key), loss, updater)

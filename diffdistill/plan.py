@@ -1,0 +1,152 @@
+"""What a run will do, before it does it: stages, parameters, memory and FLOPs, all computed abstractly."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffdistill import chain, runner
+from diffdistill import config as configs
+from diffdistill.chain import DataFacts, Stage
+from diffdistill.config import Config
+from diffdistill.models.denoiser import Condition
+from diffdistill.training import mesh as meshes
+
+
+def summary(run: runner.Run) -> str:
+    """The first line of a run: devices, data, parameters, plan."""
+    config, facts = run.config, run.facts
+    denoiser = chain.denoiser_of(config, run.stages[-1], facts)
+    size = "x".join(str(n) for n in facts.image_shape)
+    updates = sum(stage.num_updates for stage in run.stages)
+    return (
+        f"{config.name}: {meshes.describe(run.mesh)} | {run.source.name}, {len(run.source)} images {size}, "
+        f"{facts.num_classes} classes | {readable(denoiser.num_parameters())} parameters | "
+        f"{len(run.stages)} stages, {updates} updates | {run.workdir.path}"
+    )
+
+
+def describe(config: Config) -> str:
+    """The resolved config and a table of the stages with their parameters, FLOPs and memory. Trains nothing."""
+    source, facts = runner.open_data(config)
+    stages = chain.plan(config)
+    lines = [json.dumps(configs.to_dict(config), indent=2), ""]
+    lines.append(f"data: {source.name}, {len(source)} images {facts.image_shape}, {facts.num_classes} classes")
+    lines.append(f"devices here: {meshes.describe(meshes.make_mesh())}")
+    lines.append("")
+    head = ("stage", "learns from", "steps", "updates", "batch", "parameters", "FLOPs/update", "FLOPs", "memory")
+    rows = [head]
+    total = 0.0
+    for stage in stages:
+        flops = flops_per_update(config, stage, facts)
+        total += flops * stage.num_updates
+        rows.append(
+            (
+                stage.name,
+                stage.teacher or "data",
+                str(stage.num_steps or "-"),
+                str(stage.num_updates),
+                str(stage.settings.batch_size),
+                readable(chain.denoiser_of(config, stage, facts).num_parameters()),
+                readable(flops),
+                readable(flops * stage.num_updates),
+                readable_bytes(memory(config, stage, facts)),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("")
+    lines.append(f"FLOPs in all: {readable(total)}")
+    lines.append(
+        "memory: parameters, optimiser, average and teacher on every device, plus what the backward pass keeps of the "
+        "whole batch, which is shared among the devices; an upper bound, since the compiler fuses."
+    )
+    return "\n".join(lines)
+
+
+def flops_per_update(config: Config, stage: Stage, facts: DataFacts) -> float:
+    """Floating-point operations of one update of the whole batch, as XLA counts them before optimisation."""
+    return _flops(config, chain.method_of(config, stage, facts), stage.settings.batch_size, facts)
+
+
+@functools.cache
+def _flops(config: Config, method: Any, batch_size: int, facts: DataFacts) -> float:
+    state, teacher = _abstract(config, method, facts)
+    batch = {
+        "image": jax.ShapeDtypeStruct((batch_size, *facts.image_shape), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    }
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    # A function of its own: the trace of the step that training compiles stays the only one of its kind.
+    lowered = jax.jit(lambda *arguments: method.step(*arguments)).lower(
+        state, teacher, batch, key, {"num_steps": scalar, "num_updates": scalar}
+    )
+    analysis = lowered.cost_analysis()
+    return float(analysis["flops"]) if analysis else math.nan
+
+
+def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
+    """Shapes of a method's state and of what it reads, from the shapes of its teacher."""
+    stages = chain.plan(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for stage in stages:
+        if chain.method_of(config, stage, facts) is method:
+            sources = {}
+            if stage.teacher:
+                before = next(each for each in stages if each.name == stage.teacher)
+                denoiser = chain.denoiser_of(config, before, facts)
+                sources["teacher"] = jax.eval_shape(denoiser.init, key)
+            return jax.eval_shape(method.init, key, sources), sources
+    raise AssertionError("a method of another config")
+
+
+def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
+    """Bytes of the training state, the teacher and what the student's backward pass keeps for a whole batch."""
+    method = chain.method_of(config, stage, facts)
+    state, frozen = _abstract(config, method, facts)
+    denoiser = chain.denoiser_of(config, stage, facts)
+    size = stage.settings.batch_size
+
+    def residuals(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> Any:
+        condition = Condition(
+            label=label if denoiser.num_classes else None, guidance=w if stage.conditioned_on_guidance else None
+        )
+        return jax.vjp(lambda params: denoiser(params, z, log_snr, condition), params)[1]
+
+    vector = jax.ShapeDtypeStruct((size,), jnp.float32)
+    kept = jax.eval_shape(
+        residuals,
+        state.params,
+        jax.ShapeDtypeStruct((size, *facts.image_shape), jnp.float32),
+        vector,
+        jax.ShapeDtypeStruct((size,), jnp.int32),
+        vector,
+    )
+    # The residuals include the parameters themselves, which the state holds already.
+    return _bytes(state) + _bytes(frozen) + max(0, _bytes(kept) - _bytes(state.params)) + _bytes(state.params)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def readable(number: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g} {unit}" if abs(number) < 1000 * limit else f"{number / limit:.0f} {unit}"
+    return f"{number:.3g}"
+
+
+def readable_bytes(number: int) -> str:
+    """Bytes as "1.5 GiB"."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.3g} {unit}"
+    return f"{number} B"

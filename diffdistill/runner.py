@@ -1,0 +1,166 @@
+"""Walks a plan: skips stages that are finished, resumes the one that is not, starts the next."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffdistill import chain, workdir
+from diffdistill.chain import DataFacts, Stage
+from diffdistill.config import Config
+from diffdistill.data.contract import Source
+from diffdistill.data.pipeline import Batches, in_memory
+from diffdistill.data.sources import open_source
+from diffdistill.training import mesh as meshes
+from diffdistill.training.checkpoints import StageCheckpoints
+from diffdistill.training.interrupt import Interrupt
+from diffdistill.training.loop import CompiledStep, compile_step, fit, resume_or_start
+from diffdistill.training.metrics import MetricWriter
+from diffdistill.training.progress import make_progress
+from diffdistill.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: everything was checked."""
+
+    workdir: Workdir
+    source: Source
+    mesh: Mesh
+    stages: tuple[Stage, ...]
+
+    @property
+    def config(self) -> Config:
+        return self.workdir.config
+
+    @property
+    def facts(self) -> DataFacts:
+        return self.workdir.facts
+
+
+def open_data(config: Config) -> tuple[Source, DataFacts]:
+    """The images of a config and what networks need to know of them. Raises DataError or ConfigError."""
+    data = config.data
+    source = open_source(
+        source=data.source,
+        path=data.path or None,
+        split=data.split,
+        image_size=data.image_size or None,
+        channels=data.channels or None,
+    )
+    facts = DataFacts(source.image_shape, source.num_classes, tuple(source.class_names))
+    chain.check_data(config, facts)
+    return source, facts
+
+
+def prepare(config: Config, path: str) -> Run:
+    """Opens data and workdir and checks what can be checked before training starts.
+
+    Raises:
+      DataError, ConfigError, WorkdirError: with a message for the person who started the run.
+    """
+    source, facts = open_data(config)
+    mesh = meshes.make_mesh()
+    stages = chain.plan(config)
+    for stage in stages:
+        meshes.process_slice(stage.settings.batch_size)
+    opened = workdir.create(path, config, facts, source.fingerprint(), write=meshes.is_main())
+    meshes.assert_same(json.dumps(workdir.configs.to_dict(config), sort_keys=True), "the config")
+    return Run(opened, in_memory(source), mesh, stages)
+
+
+def train(run: Run, interrupt: Interrupt, say: Any = print) -> None:
+    """Trains every stage of the plan that is not finished.
+
+    Raises:
+      Interrupted: a signal arrived; everything up to the update it names is saved.
+      NonFiniteLoss, CheckpointError: training or saving failed; earlier checkpoints are intact.
+    """
+    compiled: dict[int, CompiledStep] = {}
+    for index, stage in enumerate(run.stages):
+        with_checkpoints = StageCheckpoints(
+            run.workdir.stage(stage.name), run.config.training.save_every, run.config.training.keep
+        )
+        try:
+            _train_stage(run, index, stage, with_checkpoints, compiled, interrupt, say)
+        finally:
+            with_checkpoints.close()
+
+
+def finished(folder: Workdir) -> Iterator[Stage]:
+    """The finished stages of a run, in order."""
+    for stage in chain.plan(folder.config):
+        if StageCheckpoints(folder.stage(stage.name), read_only=True).latest() == stage.num_updates:
+            yield stage
+
+
+def read_params(folder: Workdir, stage: Stage, mesh: Mesh) -> Any:
+    """The parameters that a stage hands on (its moving average where it has one), on every device of `mesh`.
+
+    Raises:
+      CheckpointError: no complete checkpoint, or one of another network.
+    """
+    denoiser = chain.denoiser_of(folder.config, stage, folder.facts)
+    like = meshes.abstract(mesh, jax.eval_shape(denoiser.init, jax.random.key(0)))
+    return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(like)
+
+
+def _train_stage(
+    run: Run,
+    index: int,
+    stage: Stage,
+    checkpoints: StageCheckpoints,
+    compiled: dict[int, CompiledStep],
+    interrupt: Interrupt,
+    say: Any,
+) -> None:
+    done = checkpoints.latest() or 0
+    if done == stage.num_updates:
+        say(f"{stage.name}: finished before ({done} updates)")
+        return
+    say(f"{stage.name}: " + (f"resumed at update {done} of {stage.num_updates}" if done else f"{stage.num_updates} updates"))
+    config = run.config
+    method = chain.method_of(config, stage, run.facts)
+    if id(method) not in compiled:
+        calls = config.training.updates_per_call or None
+        compiled[id(method)] = compile_step(method.step, run.mesh, calls)
+
+    stage_key = jax.random.fold_in(jax.random.key(config.seed), index)
+    # Streams of an update are numbered from 0: the key of the initialisation lies beyond any update.
+    init_key = jax.random.fold_in(stage_key, np.uint32(2**32 - 1))
+    sources: dict[str, Any] = {}
+    if stage.teacher:
+        before = next(each for each in run.stages if each.name == stage.teacher)
+        sources["teacher"] = read_params(run.workdir, before, run.mesh)
+    state, meta = resume_or_start(checkpoints, run.mesh, functools.partial(jax.jit(method.init), init_key, sources))
+
+    start, stop = meshes.process_slice(stage.settings.batch_size)
+    data_seed = int(np.random.SeedSequence((config.seed, index)).generate_state(1)[0])
+    batches = Batches(run.source, stage.settings.batch_size, data_seed, config.data.flip, start, stop)
+    writer = MetricWriter(run.workdir.path, stage.name, done)
+    try:
+        fit(
+            compiled[id(method)],
+            state,
+            sources,
+            {"num_steps": max(stage.num_steps, 1), "num_updates": stage.num_updates},
+            stage=stage.name,
+            batches=batches,
+            stage_key=stage_key,
+            num_updates=stage.num_updates,
+            checkpoints=checkpoints,
+            writer=writer,
+            progress=make_progress(stage.name, done, stage.num_updates),
+            log_every=config.training.log_every,
+            meta={"stage": stage.name, "seconds": meta.get("seconds", 0.0)},
+            interrupt=interrupt,
+        )
+    finally:
+        writer.close()

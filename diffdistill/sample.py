@@ -1,0 +1,299 @@
+"""From the parameters of a stage to images.
+
+An image is named by its seed: its noise and, unless given, its class are functions of the seed alone, so image 7 is
+the same picture in a batch of one or of fifty thousand, on one device or on eight.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffdistill import chain, runner, samplers, workdir
+from diffdistill.chain import Stage
+from diffdistill.diffusion.schedules import Schedule
+from diffdistill.evaluation import images
+from diffdistill.models.denoiser import Condition, Denoiser, guided
+from diffdistill.training import mesh as meshes
+from diffdistill.workdir import Workdir
+
+
+class SampleError(ValueError):
+    """Samples were asked for that this model cannot give; the message says what it can."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images (N, H, W, C) uint8 with the labels (N,) and seeds (N,) that made them."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    seeds: np.ndarray
+    network_evaluations: int
+
+
+@dataclass(frozen=True, eq=False)
+class Generator:
+    """A trained stage, ready to sample.
+
+    Attributes:
+      name: the stage, for messages.
+      denoiser, params, schedule: what it is made of.
+      num_steps: the number of steps that it is meant for.
+      guidance_range: (w_min, w_max) of a w-conditioned model; None for a model that is guided by two evaluations.
+      sampler, clip, variance_fraction, batch_size: defaults of `sample`.
+    """
+
+    name: str
+    denoiser: Denoiser
+    params: Any
+    schedule: Schedule
+    num_steps: int
+    guidance_range: tuple[float, float] | None = None
+    sampler: str = "ddim"
+    clip: bool = True
+    variance_fraction: float = 0.0
+    batch_size: int = 250
+    class_names: tuple[str, ...] = ()
+
+    def sample(
+        self,
+        num: int = 1,
+        *,
+        seed: int = 0,
+        labels: Sequence[int] | np.ndarray | None = None,
+        w: float = 0.0,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        latents: np.ndarray | None = None,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Samples:
+        """Images number seed, seed + 1, ..., seed + num - 1.
+
+        Args:
+          num: how many, 1 or more.
+          seed: number of the first image.
+          labels: (num,) classes, or fewer, which are then repeated in turn; by default class seed modulo the
+            number of classes.
+          w: guidance weight, (1 + w) conditional - w unconditional; 0 is no guidance.
+          num_steps: steps of the sampler; by default those that the stage was trained for.
+          sampler: a name of samplers.SAMPLERS.
+          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds'.
+          progress: called with the number of images done so far.
+
+        Raises:
+          SampleError: labels, latents, w or num_steps that do not suit the model.
+        """
+        num_steps = self.num_steps if num_steps is None else num_steps
+        sampler = self.sampler if sampler is None else sampler
+        self._check(num, seed, w, num_steps, latents)
+        seeds = np.arange(seed, seed + num)
+        chosen = self._labels(seeds, labels)
+        run = self._compiled(sampler, two_branches=self.guidance_range is None and w != 0.0)
+        mesh = meshes.make_mesh()
+        chunk = -(-self.batch_size // mesh.size) * mesh.size
+        pictures = np.empty((num, *self.denoiser.image_shape), np.uint8)
+        for first in range(0, num, chunk):
+            rows = np.minimum(np.arange(first, first + chunk), num - 1)  # the last chunk is filled with its last image
+            noise = None if latents is None else np.asarray(latents, np.float32)[rows]
+            pixels = run(self.params, seeds[rows], chosen[rows], np.float32(w), np.int32(num_steps), noise)
+            kept = min(chunk, num - first)
+            pictures[first : first + kept] = np.asarray(pixels)[:kept]
+            progress(first + kept)
+        branches = 2 if self.guidance_range is None and w != 0.0 else 1
+        return Samples(pictures, chosen, seeds, num_steps * branches)
+
+    def _check(self, num: int, seed: int, w: float, num_steps: int, latents: np.ndarray | None) -> None:
+        if num < 1:
+            raise SampleError(f"{num} images were asked for; give a number of at least 1.")
+        if not 0 <= seed <= 2**31 - num:
+            raise SampleError(f"seed {seed} with {num} images; seeds run from 0 to {2**31 - 1}.")
+        if num_steps < 1:
+            raise SampleError(f"num_steps is {num_steps}; give a number of at least 1.")
+        if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
+            raise SampleError(
+                f"the latents have shape {latents.shape}, but {num} images of stage {self.name} need "
+                f"{(num, *self.denoiser.image_shape)}."
+            )
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            if not low <= w <= high:
+                raise SampleError(
+                    f"w is {w}, but stage {self.name} was distilled for guidance weights from {low} to {high} "
+                    f"(w = 0 is no guidance; the other common scale is 1 + w)."
+                )
+        elif w != 0.0 and not self.denoiser.num_classes:
+            raise SampleError(f"w is {w}, but stage {self.name} has no classes to guide towards; use w = 0.")
+
+    def _labels(self, seeds: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        classes = self.denoiser.num_classes
+        if labels is None:
+            return (seeds % max(classes, 1)).astype(np.int32)
+        if not classes:
+            raise SampleError(f"labels were given, but stage {self.name} is unconditional; leave them out.")
+        given = np.asarray(labels, np.int64).ravel()
+        if not given.size or given.min() < 0 or given.max() >= classes:
+            raise SampleError(f"labels are {given.tolist()}, but stage {self.name} knows classes 0 to {classes - 1}.")
+        return given[np.arange(len(seeds)) % given.size].astype(np.int32)
+
+    def _compiled(self, sampler: str, *, two_branches: bool) -> Callable[..., jax.Array]:
+        return _compiled(
+            self.denoiser, self.schedule, sampler, self.clip, self.variance_fraction, two_branches,
+            self.guidance_range is not None,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    sampler: str,
+    clip: bool,
+    variance_fraction: float,
+    two_branches: bool,
+    takes_guidance: bool,
+) -> Callable[..., jax.Array]:
+    """One compiled program for every stage with these networks, every number of steps and every w."""
+    model = guided(denoiser) if two_branches else denoiser
+    settings = {"variance_fraction": variance_fraction} if sampler == "ancestral" else {}
+    mesh = meshes.make_mesh()
+    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+
+    @functools.partial(
+        jax.jit,
+        in_shardings=(everywhere, rows, rows, everywhere, everywhere, rows),
+        out_shardings=everywhere,
+    )
+    def run(
+        params: Any, seeds: jax.Array, labels: jax.Array, w: jax.Array, num_steps: jax.Array, latents: jax.Array | None
+    ) -> jax.Array:
+        keys = jax.vmap(jax.random.key)(seeds)
+        if latents is None:
+            draw = lambda key: jax.random.normal(jax.random.fold_in(key, 0), denoiser.image_shape, jnp.float32)  # noqa: E731
+            latents = jax.vmap(draw)(keys)
+        condition = Condition(
+            label=labels if denoiser.num_classes else None,
+            guidance=jnp.full(seeds.shape, w) if two_branches or takes_guidance else None,
+        )
+        x = samplers.get(sampler)(
+            lambda z, log_snr: model(params, z, log_snr, condition),
+            latents, schedule, num_steps, keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), clip=clip,
+            **settings,
+        )
+        return to_bytes(x)
+
+    return run
+
+
+def to_bytes(x: jax.Array) -> jax.Array:
+    """uint8 images from x in [-1, 1]: the nearest of the 256 levels that a byte stands for."""
+    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
+    """A trained model, ready to sample: ``diffdistill.load("runs/digits").sample(10, w=1.0).images``.
+
+    Args:
+      path: the workdir of a run, or the folder of one of its stages.
+      stage: name of a stage of that run; by default the one that `path` is, or the last finished one.
+
+    Raises:
+      WorkdirError: there is no run at that path.
+      SampleError: the run has no such finished stage.
+      CheckpointError: its checkpoint cannot be read.
+    """
+    folder = Path(path)
+    if not stage and not (folder / "config.json").exists() and (folder.parent / "config.json").exists():
+        folder, stage = folder.parent, folder.name
+    opened = workdir.read(folder)
+    done = list(runner.finished(opened))
+    chosen = [each for each in done if each.name == stage] if stage else done[-1:]
+    if not chosen:
+        names = ", ".join(each.name for each in done) or "none"
+        asked = f"Stage {stage!r} of {opened.path}" if stage else f"{opened.path}: a stage"
+        raise SampleError(f"{asked} is not there or not finished. Finished stages: {names}.")
+    return load_stage(opened, chosen[0])
+
+
+def load_stage(folder: Workdir, stage: Stage) -> Generator:
+    """A finished stage of an opened run, ready to sample."""
+    config = folder.config
+    return Generator(
+        name=stage.name,
+        denoiser=chain.denoiser_of(config, stage, folder.facts),
+        params=runner.read_params(folder, stage, meshes.make_mesh()),
+        schedule=chain.schedule_of(config.process),
+        num_steps=stage.num_steps or chain.full_steps(config),
+        guidance_range=chain.guidance_range(config, stage),
+        sampler=config.sampling.sampler,
+        clip=config.sampling.clip,
+        variance_fraction=config.sampling.variance_fraction,
+        batch_size=config.sampling.batch_size,
+        class_names=folder.facts.class_names,
+    )
+
+
+def to_files(
+    path: str | os.PathLike[str],
+    *,
+    out: str,
+    num: int,
+    seed: int,
+    labels: Sequence[str],
+    latents: str,
+    w: float,
+    num_steps: int | None,
+    sampler: str | None,
+    say: Callable[[str], Any],
+) -> None:
+    """Samples a stage and writes <out>/samples.png and <out>/samples.npz; the arguments are those of the command line.
+
+    Raises:
+      SampleError: labels or latents that cannot be read, or anything that `Generator.sample` refuses.
+    """
+    generator = load(path)
+    samples = generator.sample(
+        num,
+        seed=seed,
+        labels=_read_labels(labels, generator) if labels else None,
+        w=w,
+        num_steps=num_steps,
+        sampler=sampler,
+        latents=_read_latents(latents) if latents else None,
+    )
+    root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
+    folder = Path(out) if out else root / "samples"
+    columns = min(num, 10) if num <= 100 else int(np.ceil(np.sqrt(num)))
+    order = np.argsort(samples.labels, kind="stable")
+    picture = images.grid(samples.images[order], -(-num // columns), columns)
+    images.save_png(folder / "samples.png", picture)
+    images.save_npz(folder / "samples.npz", samples.images, samples.labels, samples.seeds)
+    say(
+        f"{num} images from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
+        f"{samples.network_evaluations} network evaluations each: {folder / 'samples.png'}, {folder / 'samples.npz'}"
+    )
+
+
+def _read_labels(labels: Sequence[str], generator: Generator) -> list[int]:
+    names = {name: index for index, name in enumerate(generator.class_names)}
+    read = []
+    for label in labels:
+        if label not in names and not label.isdecimal():
+            raise SampleError(f"label {label!r} is no class. Classes: {', '.join(generator.class_names)}.")
+        read.append(names[label] if label in names else int(label))
+    return read
+
+
+def _read_latents(path: str) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SampleError(f"--latents={path} is not a readable .npy file: {error}") from error

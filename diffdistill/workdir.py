@@ -1,0 +1,150 @@
+"""The folder of a run: what it was started with, and where its stages lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from diffdistill import config as configs
+from diffdistill.chain import DataFacts
+from diffdistill.config import Config
+
+_PACKAGES = ("diffdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
+# These parts say how a run is watched and measured, not what is trained: they may change between two starts.
+_FREE = ("evaluation", "sampling", "training", "name")
+
+
+class WorkdirError(RuntimeError):
+    """A workdir that cannot be used; the message says why and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """A run's folder with what its config.json records."""
+
+    path: Path
+    config: Config
+    facts: DataFacts
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage."""
+        return self.path / name
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str, *, write: bool) -> Workdir:
+    """Opens the folder of a run for training: makes it, or checks that it belongs to the same config and data.
+
+    Args:
+      path: the folder.
+      config, facts: of this run.
+      fingerprint: of the data.
+      write: False on all but one of several processes.
+
+    Raises:
+      WorkdirError: the folder cannot be written, or holds a run of another config or of other data.
+    """
+    folder = Path(os.path.abspath(path))
+    record = {
+        "config": configs.to_dict(config),
+        "data": {**json.loads(json.dumps(dataclasses.asdict(facts))), "fingerprint": fingerprint},
+    }
+    file = folder / "config.json"
+    if file.exists():
+        _check_same(file, record)
+    elif folder.is_dir() and any(folder.glob("*/*/_CHECKPOINT_METADATA")):
+        raise WorkdirError(
+            f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore the file."
+        )
+    if write:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            about = {
+                "versions": _versions(),
+                "git_revision": _revision(),
+                "command_line": sys.argv,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            write_atomically(file, json.dumps({**record, **about}, indent=2) + "\n")
+        except OSError as error:
+            raise WorkdirError(
+                f"The workdir {folder} cannot be written: {error.strerror or error}. Choose another with --workdir=FOLDER."
+            ) from error
+    return Workdir(folder, config, facts)
+
+
+def read(path: str | os.PathLike[str]) -> Workdir:
+    """Opens the folder of a run for reading.
+
+    Raises:
+      WorkdirError: there is no run, or its config.json is damaged.
+    """
+    folder = Path(os.path.abspath(path))
+    file = folder / "config.json"
+    if not file.is_file():
+        raise WorkdirError(f"{folder} holds no run: there is no config.json in it. Give the --workdir of a training run.")
+    record = _load(file)
+    try:
+        data = record["data"]
+        facts = DataFacts(tuple(data["image_shape"]), data["num_classes"], tuple(data["class_names"]))
+        return Workdir(folder, configs.resolve(record["config"]), facts)
+    except (KeyError, TypeError, configs.ConfigError) as error:
+        raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{file} cannot be read: {error}. Restore it, or choose another --workdir.") from error
+
+
+def _check_same(file: Path, record: dict[str, Any]) -> None:
+    before = _load(file)
+
+    def trained(config: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in _FREE}
+
+    changes = configs.differences(trained(before.get("config", {})), trained(record["config"]))
+    if not changes and before.get("data") != record["data"]:
+        changes = ["the images themselves are others than those that the run was started with"]
+    if changes:
+        shown = "\n  ".join(changes[:12] + (["..."] if len(changes) > 12 else []))
+        raise WorkdirError(
+            f"{file.parent} holds a run of another config (there -> here):\n  {shown}\n"
+            "Give the same config to continue that run, or another --workdir to start a new one."
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _revision() -> str:
+    here = Path(__file__).resolve().parent
+    try:
+        shown = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        return shown.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
