@@ -2,6 +2,18 @@
 
 from diffdistill.data.contract import DataError, Example, Source, array_source
 from diffdistill.data.pipeline import Batch, Batches, gather, in_memory
+from diffdistill.data.prepare import prepare
 from diffdistill.data.sources import open_source
 
-__all__ = ["Batch", "Batches", "DataError", "Example", "Source", "array_source", "gather", "in_memory", "open_source"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataError",
+    "Example",
+    "Source",
+    "array_source",
+    "gather",
+    "in_memory",
+    "open_source",
+    "prepare",
+]

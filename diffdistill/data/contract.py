@@ -8,6 +8,7 @@ what was found, what was expected and what to do.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
@@ -16,6 +17,23 @@ from numpy.typing import NDArray
 
 class DataError(ValueError):
     """The data cannot be used as asked; the message is meant for the person who started the program."""
+
+
+def existing(path: str | Path) -> Path:
+    """Returns the path if something is there. Raises DataError that names the nearest parent that exists."""
+    path = Path(path).expanduser()
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise DataError(f"{path} cannot be looked at: {error.strerror}. Check its permissions") from error
+    if path.is_symlink():
+        raise DataError(f"{path} is a link to {path.readlink()}, which does not exist")
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    kind = "folder" if parent.is_dir() else "file"
+    raise DataError(f"{path} does not exist; the nearest parent that does is the {kind} {parent}. Check the path")
 
 
 class Example(TypedDict):
@@ -31,7 +49,8 @@ class Source:
 
     `read(i)` returns (image (H, W, C) uint8, label) for 0 <= i < length, is a function of i alone and may be called
     from several threads. `digest()` is the sha256 (hex) of the content or of the file listing. `images` (length, H, W,
-    C) uint8 and `labels` (length,) int32 are present when everything already lies in memory.
+    C) uint8 and `labels` (length,) int32 are present when everything already lies in memory. `read_many(indices (B,))`
+    -> (images (B, H, W, C), labels (B,)) is present where reading many at once is much faster than one by one.
     """
 
     name: str
@@ -42,6 +61,7 @@ class Source:
     digest: Callable[[], str]
     images: NDArray[np.uint8] | None = None
     labels: NDArray[np.int32] | None = None
+    read_many: Callable[[NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int32]]] | None = None
 
     @property
     def num_classes(self) -> int:

@@ -5,22 +5,20 @@ that holds rows [start, stop) of the batch asks for just those positions, so any
 batch, and resuming needs the update number alone.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffdistill.data.contract import DataError, Source
+from diffdistill.data.parallel import for_each
 
 # Sets that decode to at most this many bytes are decoded once and kept; larger ones are decoded as they are asked for.
 MEMORY_LIMIT = 2 * 2**30
 
-_DECODE_BLOCK = 64  # images per task of the thread pool: a future costs about as much as decoding one small image
+_BLOCK = 4096  # images that `read_many` is asked for at once
 
 
 class Batch(TypedDict):
@@ -28,12 +26,6 @@ class Batch(TypedDict):
 
     image: NDArray[np.uint8]
     label: NDArray[np.int32]
-
-
-@lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    # Decoding and reading release the GIL; a few threads more than cores hide the latency of network disks.
-    return ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1) + 2), thread_name_prefix="decode")
 
 
 def gather(source: Source, indices: Sequence[int] | NDArray[np.integer]) -> Batch:
@@ -49,17 +41,23 @@ def gather(source: Source, indices: Sequence[int] | NDArray[np.integer]) -> Batc
     chosen = np.asarray(indices, dtype=np.int64)
     if source.images is not None and source.labels is not None:
         return {"image": source.images[chosen], "label": source.labels[chosen]}
+    return _decoded(source, chosen, None)
+
+
+def _decoded(source: Source, chosen: NDArray[np.int64], describe: str | None) -> Batch:
     images = np.empty((len(chosen), *source.image_shape), np.uint8)
     labels = np.empty(len(chosen), np.int32)
 
-    def fill(first: int) -> None:
-        for row in range(first, min(first + block, len(chosen))):
-            images[row], labels[row] = source.read(int(chosen[row]))
+    if source.read_many is not None:
+        for first in range(0, len(chosen), _BLOCK):
+            rows = slice(first, first + _BLOCK)
+            images[rows], labels[rows] = source.read_many(chosen[rows])
+        return {"image": images, "label": labels}
 
-    threads = _threads()
-    block = max(1, min(_DECODE_BLOCK, len(chosen) // (2 * (os.cpu_count() or 1))))
-    for _ in threads.map(fill, range(0, len(chosen), block)):
-        pass
+    def fill(row: int) -> None:
+        images[row], labels[row] = source.read(int(chosen[row]))
+
+    for_each(fill, len(chosen), describe)
     return {"image": images, "label": labels}
 
 
@@ -74,16 +72,8 @@ def in_memory(source: Source, limit: int = MEMORY_LIMIT) -> Source:
     """
     if source.images is not None or source.num_bytes > limit:
         return source
-    from tqdm import tqdm
-
-    images = np.empty((len(source), *source.image_shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    with tqdm(total=len(source), desc=f"reading {source.name}", unit="image", delay=2, disable=None) as bar:
-        for first in range(0, len(source), 4096):
-            rows = range(first, min(first + 4096, len(source)))
-            part = gather(source, rows)
-            images[rows.start : rows.stop], labels[rows.start : rows.stop] = part["image"], part["label"]
-            bar.update(len(rows))
+    everything = _decoded(source, np.arange(len(source)), f"reading {source.name}")
+    images, labels = everything["image"], everything["label"]
     return replace(source, images=images, labels=labels, read=lambda index: (images[index], int(labels[index])))
 
 
@@ -163,4 +153,5 @@ class Batches:
 def _shuffled(length: int, seed: int) -> Callable[[int], int]:
     import grain  # about a second to import: only when batches are made
 
-    return grain.MapDataset.range(length).shuffle(seed=seed).repeat().__getitem__
+    order = grain.MapDataset.range(length).shuffle(seed=seed).repeat()
+    return cast(Callable[[int], int], order.__getitem__)

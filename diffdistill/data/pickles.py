@@ -1,0 +1,115 @@
+"""Reads the pickles in which CIFAR-10 and downsampled ImageNet are published, executing nothing from them.
+
+A pickle may name any function of any module. Here six names of NumPy and one of the codecs are known, each replaced by
+an inert stand-in of our own; every other name is refused. NumPy itself never sees the pickled state, so a forged dtype
+cannot make it touch wrong memory.
+"""
+
+import pickle
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffdistill.data.contract import DataError
+
+_KINDS = ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
+
+
+class _Dtype:
+    def __init__(self, kind: Any, *_: Any):
+        kind = kind.decode() if isinstance(kind, bytes) else kind
+        if kind not in _KINDS:
+            raise DataError(f"the pickle holds an array of type {kind!r}; plain numbers were expected")
+        self.kind, self.order = kind, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        self.order = ">" if order == ">" else "<"
+
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype(self.order + self.kind)
+
+
+class _Array:
+    def __init__(self) -> None:
+        self.value: NDArray[Any] = np.zeros(0)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, content = state
+        self.value = _frombuffer(content, dtype, shape, "F" if fortran else "C").value
+
+
+class _Ndarray:
+    """Named by pickles as the type to reconstruct; never made."""
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(content: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    array = _Array()
+    if not isinstance(dtype, _Dtype) or not isinstance(content, bytes | bytearray):
+        raise DataError("the pickle holds an array that is not plain numbers")
+    array.value = np.frombuffer(content, dtype.numpy()).reshape(shape, order="F" if order == "F" else "C")
+    return array
+
+
+def _scalar(dtype: Any, content: Any) -> Any:
+    return _frombuffer(content, dtype, (), "C").value.item()
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    if encoding != "latin1" or not isinstance(text, str):
+        raise DataError(f"the pickle holds bytes in the encoding {encoding!r}; latin1 was expected")
+    return text.encode("latin1")
+
+
+_KNOWN = {
+    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Ndarray,
+    **{
+        (f"numpy.{core}.{module}", name): stand_in
+        for core in ("core", "_core")
+        for module, name, stand_in in (
+            ("multiarray", "_reconstruct", _reconstruct),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _frombuffer),
+        )
+    },
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) not in _KNOWN:
+            raise DataError(f"the pickle names {module_name}.{global_name}, which has no place among images and labels")
+        return _KNOWN[module_name, global_name]
+
+
+def load(file: BinaryIO, title: str) -> dict[str, Any]:
+    """Returns the dict in a pickle: str keys; arrays, lists, numbers, bytes as values.
+
+    Args:
+      file: an open pickle of Python 2 or 3.
+      title: how messages call it.
+
+    Raises:
+      DataError: damaged, no dict, or naming anything but arrays of numbers.
+    """
+    try:
+        content = _Unpickler(file, encoding="bytes").load()
+    except DataError as error:
+        raise DataError(f"{title} is refused: {error}") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DataError(f"{title} is damaged or truncated ({type(error).__name__}: {error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{title} holds a {type(content).__name__}, expected a dict of images and labels")
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else str(key): value.value
+        if isinstance(value, _Array)
+        else value
+        for key, value in content.items()
+    }

@@ -1,0 +1,149 @@
+"""Our own ArrayRecord folders, written by prepare.py: one folder per split, shards and a small metadata.json.
+
+Record layout (fixed length): the label as a little-endian int32, then the image (H, W, C) uint8, row by row. Shards are
+uncompressed: photographs gain nothing from general compression, and reading stays a copy. metadata.json is written
+last, so its presence means that the split is complete:
+
+    {"format": "diffdistill-images", "version": 1, "name": ..., "split": ..., "count": N, "image_shape": [H, W, C],
+     "class_names": [...], "records_per_shard": R, "fingerprint": sha256 of the source it was made from}
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffdistill.data.contract import DataError, Source, existing
+from diffdistill.data.pixels import fitted
+
+FORMAT, VERSION = "diffdistill-images", 1
+METADATA = "metadata.json"
+_LABEL_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What metadata.json says (see the top of this file)."""
+
+    name: str
+    split: str
+    count: int
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    records_per_shard: int
+    fingerprint: str
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.count // self.records_per_shard)
+
+    def shard(self, number: int) -> str:
+        """Returns the file name of a shard."""
+        return f"images-{number:05d}-of-{self.num_shards:05d}.array_record"
+
+    def rows(self, number: int) -> range:
+        """Returns the examples of a shard."""
+        first = number * self.records_per_shard
+        return range(first, min(first + self.records_per_shard, self.count))
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1) + "\n"
+
+
+def read_metadata(file: Path) -> Metadata:
+    """Returns the metadata in a file. Raises DataError if it is not ours, of another version or damaged."""
+    try:
+        stored: dict[str, Any] = json.loads(file.read_text())
+        kind, version = stored.pop("format"), stored.pop("version")
+        if kind == FORMAT and version == VERSION:
+            stored["image_shape"] = tuple(stored["image_shape"])
+            stored["class_names"] = tuple(stored["class_names"])
+            return Metadata(**stored)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{file} is not readable metadata ({error}); run --mode=prepare again") from error
+    raise DataError(
+        f"{file} says format {kind!r} version {version!r}; this version of diffdistill reads {FORMAT!r} version "
+        f"{VERSION}. Run --mode=prepare again"
+    )
+
+
+def write_shard(file: Path, images: Iterable[tuple[NDArray[np.uint8], int]]) -> None:
+    """Writes one shard; the file appears under its name only when it is complete and on disk."""
+    # by name, because compiled modules without stubs are unknown to type checkers
+    array_record_module = import_module("array_record.python.array_record_module")
+    part = file.with_name(file.name + ".part")
+    writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
+    try:
+        for image, label in images:
+            writer.write(label.to_bytes(_LABEL_BYTES, "little", signed=True) + image.tobytes())
+    finally:
+        writer.close()
+    publish(part, file)
+
+
+def publish(part: Path, file: Path) -> None:
+    """Renames a finished file so that a crash leaves either all of it or nothing."""
+    with part.open("rb") as written:
+        os.fsync(written.fileno())
+    part.replace(file)
+
+
+def open_records(path: str | Path, split: str, image_size: int | None, channels: int | None) -> Source:
+    """Returns one split of a folder that `prepare` has written.
+
+    Args:
+      path: the destination that was given to prepare.
+      split: one of its folders.
+      image_size, channels: crop, resize and convert further (see pixels.py).
+
+    Raises:
+      DataError: nothing there, unfinished, shards missing, or a count that is not what the metadata says.
+    """
+    from array_record.python import array_record_data_source
+
+    folder = existing(path)
+    file = folder / split / METADATA
+    if not file.exists():
+        finished = sorted(metadata.parent.name for metadata in folder.glob(f"*/{METADATA}"))
+        if (folder / split).is_dir():
+            raise DataError(f"{folder / split} is not finished; run the same --mode=prepare again to complete it")
+        raise DataError(f"{folder} has no prepared split {split!r}; it has {', '.join(finished) or 'none at all'}")
+    metadata = read_metadata(file)
+    shards = [folder / split / metadata.shard(number) for number in range(metadata.num_shards)]
+    missing = [shard for shard in shards if not shard.exists()]
+    if missing:
+        raise DataError(f"{missing[0]} is missing; delete {file} and run --mode=prepare again to restore it")
+    try:
+        records = array_record_data_source.ArrayRecordDataSource([str(shard) for shard in shards])
+    except Exception as error:
+        raise DataError(f"{folder / split} holds a damaged shard ({error}); prepare it again") from error
+    if len(records) != metadata.count:
+        raise DataError(f"{folder / split} holds {len(records)} images, {file} says {metadata.count}; prepare it again")
+    shape = metadata.image_shape
+
+    def read(index: int) -> tuple[NDArray[np.uint8], int]:
+        record = records[index]
+        label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
+        return np.frombuffer(record, np.uint8, offset=_LABEL_BYTES).reshape(shape), label
+
+    def read_many(indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        rows = np.frombuffer(b"".join(records.__getitems__(indices.tolist())), np.uint8).reshape(len(indices), -1)
+        labels = np.ascontiguousarray(rows[:, :_LABEL_BYTES]).view("<i4")[:, 0].astype(np.int32)
+        return rows[:, _LABEL_BYTES:].reshape(-1, *shape), labels
+
+    source = Source(
+        name=f"{metadata.name}:{split}",
+        image_shape=shape,
+        class_names=metadata.class_names,
+        length=metadata.count,
+        read=read,
+        digest=lambda: metadata.fingerprint,
+        read_many=read_many,
+    )
+    return fitted(source, image_size, channels)

@@ -1,0 +1,100 @@
+"""TensorFlow Datasets, read without TensorFlow: ArrayRecord data sources with an `image` and perhaps a `label`.
+
+Whoever prepares a dataset must ask for `file_format="array_record"`; the default format has no random access.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffdistill.data.contract import DataError, Source
+from diffdistill.data.pixels import encoded_source, fitted
+
+_WITHOUT_CLASSES = ("all",)
+
+
+def open_tfds(path: str, split: str, image_size: int | None, channels: int | None) -> Source:
+    """Returns one split of a dataset that TFDS has prepared on this machine.
+
+    Args:
+      path: a name such as "cifar10" or "imagenet_resized/64x64", looked up in TFDS's own folder (TFDS_DATA_DIR, else
+        ~/tensorflow_datasets), or the folder of a prepared dataset (the one with dataset_info.json).
+      split: "train", "test", also slices such as "train[:1000]".
+      image_size, channels: see pixels.py.
+
+    Raises:
+      DataError: unknown or unprepared dataset, another file format, no such split, no image feature.
+    """
+    import tensorflow_datasets as tfds
+
+    if (Path(path).expanduser() / "dataset_info.json").exists():
+        builder = _tried(lambda: tfds.builder_from_directory(Path(path).expanduser()), path)
+    else:
+        builder = _tried(lambda: tfds.builder(path, file_format="array_record", try_gcs=False), path)
+    features: Any = builder.info.features
+    if "image" not in (features or {}):
+        raise DataError(f"TFDS dataset {path} has no feature named 'image', only {', '.join(features or ['nothing'])}")
+    if not builder.info.splits:
+        raise DataError(f"TFDS dataset {path} is not prepared under {builder.data_dir}. {_how_to_prepare(path)}")
+    if split.split("[")[0] not in builder.info.splits:
+        raise DataError(f"TFDS dataset {path} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+    undecoded = {"image": tfds.decode.SkipDecoding()}
+    examples: Any = _tried(lambda: builder.as_data_source(split=split, decoders=undecoded), path)
+    label = features.get("label")
+    class_names = tuple(label.names) if label is not None else _WITHOUT_CLASSES
+    name = f"{builder.info.full_name}:{split}"
+    facts = [name, len(examples), [builder.info.splits[s].shard_lengths for s in sorted(builder.info.splits)]]
+
+    def digest() -> str:
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def label_of(example: dict[str, Any]) -> int:
+        return 0 if label is None else int(example["label"])
+
+    if len(examples) == 0:
+        raise DataError(f"TFDS dataset {path} has no examples in {split!r}")
+    if isinstance(examples[0]["image"], np.ndarray):  # tfds.testing.mock_data ignores decoders
+
+        def read(index: int) -> tuple[NDArray[np.uint8], int]:
+            example = examples[index]
+            return example["image"], label_of(example)
+
+        shape = examples[0]["image"].shape
+        return fitted(Source(name, shape, class_names, len(examples), read, digest), image_size, channels)
+
+    def fetch(index: int) -> tuple[BinaryIO, int]:
+        example = examples[index]
+        return io.BytesIO(example["image"]), label_of(example)
+
+    return encoded_source(
+        name=name,
+        class_names=class_names,
+        length=len(examples),
+        fetch=fetch,
+        title=lambda index: f"image {index} of {name}",
+        digest=digest,
+        image_size=image_size,
+        channels=channels,
+    )
+
+
+def _tried(action: Any, path: str) -> Any:
+    try:
+        return action()
+    except Exception as error:  # TFDS raises a dozen types, some with its whole catalogue as the message
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise DataError(f"TFDS dataset {path} cannot be opened ({reason[:300]}). {_how_to_prepare(path)}") from error
+
+
+def _how_to_prepare(path: str) -> str:
+    return (
+        "Prepare it once, with random access (TFDS's own builders need TensorFlow for this step alone): "
+        f"pip install tensorflow-cpu && python -c \"import tensorflow_datasets as tfds; tfds.builder('{path}', "
+        "file_format='array_record').download_and_prepare()\". CIFAR-10 and downsampled ImageNet can be prepared "
+        "without TensorFlow from their archives by --mode=prepare"
+    )
