@@ -84,8 +84,8 @@ def two_step_target(
     log_snr_t, log_snr_m, log_snr_s = (schedule.log_snr(time) for time in (t, m, s))
     x1 = denoise(z_t, log_snr_t)
     x2 = denoise(step(x1, z_t, log_snr_t, log_snr_m), log_snr_m)
-    # The same w2 with tan(theta) = exp(-log_snr / 2) put in: a ratio of sums of positive numbers, which float32 keeps to
-    # its last digits and inside [0, 1] where differences of angles near pi/2 would lose four of them.
+    # The same w2 with tan(theta) = exp(-log_snr / 2) put in: a ratio of sums of positive numbers, which float32 keeps
+    # to its last digits and inside [0, 1] where differences of angles near pi/2 would lose four of them.
     second = jnp.expm1(0.5 * (log_snr_s - log_snr_m))
     whole = second - jnp.expm1(0.5 * (log_snr_t - log_snr_m))
     at_data = (s <= 0) | (whole <= 0)
