@@ -20,7 +20,9 @@ def get_config(row: str = "cifar10") -> Any:
     """The settings of one row: cifar10, imagenet64 or lsun128, each also with "-smoke"."""
     name = row.removesuffix("-smoke")
     if name not in ROWS:
-        raise ValueError(f"configs/progressive.py has no row {row!r}; rows: {', '.join(ROWS)}, each also with '-smoke'.")
+        raise ValueError(
+            f"configs/progressive.py has no row {row!r}; rows: {', '.join(ROWS)}, each also with '-smoke'."
+        )
     config = default_config()
     config.name = f"progressive-{row}"
     config.data.source = "array_record"

@@ -177,9 +177,7 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
         return distillation(
             denoiser, teacher_network, schedule, weight, updater, w_min=settings.w_min, w_max=settings.w_max, **common
         )
-    return halving(
-        denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common
-    )
+    return halving(denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common)
 
 
 def check_data(config: Config, facts: DataFacts) -> None:

@@ -84,7 +84,9 @@ def _parse(arguments: list[str]) -> list[str]:
 
 def _main(arguments: list[str]) -> None:
     if len(arguments) > 1:
-        _fail(f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE)
+        _fail(
+            f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
+        )
     from diffdistill.chain import ConfigError
     from diffdistill.data.contract import DataError
     from diffdistill.evaluate import EvaluationInterrupted
@@ -166,8 +168,7 @@ def _sample(interrupt: Any) -> None:
     del interrupt
     from diffdistill import sample
 
-    config_given = any(argument.startswith(("--config", "-config")) for argument in sys.argv)
-    path = FLAGS.workdir or _workdir(_config() if config_given else _config())
+    path = FLAGS.workdir or _workdir(_config())
     sample.to_files(
         Path(path) / FLAGS.stage if FLAGS.stage else Path(path),
         out=FLAGS.out,
@@ -187,7 +188,9 @@ def _prepare(interrupt: Any) -> None:
     from diffdistill.data.prepare import prepare
 
     if not FLAGS.source or not FLAGS.destination:
-        _fail("--mode=prepare needs --source=PATH (what to read) and --destination=FOLDER (where to write).", EXIT_USAGE)
+        _fail(
+            "--mode=prepare needs --source=PATH (what to read) and --destination=FOLDER (where to write).", EXIT_USAGE
+        )
     prepare(FLAGS.source, FLAGS.destination)
 
 

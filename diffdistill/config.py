@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
@@ -73,7 +73,7 @@ class OptimizationConfig:
     batch_size: int = 128
     learning_rate: float = 2e-4
     warmup_updates: int = 0
-    anneal: str = "constant"  # constant | linear (to zero at the end of the stage)
+    anneal: Literal["constant", "linear"] = "constant"  # constant | linear (to zero at the end of the stage)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     ema_decay: float = 0.0  # 0: no average
@@ -155,12 +155,12 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Any:
     """The defaults as an ml-collections ConfigDict, for files in configs/ to change."""
     return ConfigDict(dataclasses.asdict(Config()))
 
 
-def smoke(config: ConfigDict) -> ConfigDict:
+def smoke(config: Any) -> Any:
     """A few tiny updates of the same stages on the embedded digits: seconds, not days. Changes and returns `config`."""
     config.data = ConfigDict(dataclasses.asdict(DataConfig(flip=config.data.flip)))
     model = config.model
@@ -178,7 +178,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def resolve(settings: Mapping[str, Any] | Any) -> Config:
+def resolve(settings: Any) -> Config:
     """Turns nested settings (a ConfigDict or plain dicts) into a checked Config.
 
     Raises:
@@ -218,7 +218,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _build(cls: type, settings: Any, where: str) -> Any:
+def _build(cls: Any, settings: Any, where: str) -> Any:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where} is {settings!r}, but must be a group of fields: {', '.join(_names(cls))}.")
     hints = get_type_hints(cls)
@@ -232,11 +232,11 @@ def _build(cls: type, settings: Any, where: str) -> Any:
     for name, value in settings.items():
         kind = hints[name]
         inner = f"{where}.{name}"
-        values[name] = _build(kind, value, inner) if dataclasses.is_dataclass(kind) else _leaf(kind, value, inner)
+        values[name] = (_build if dataclasses.is_dataclass(kind) else _leaf)(kind, value, inner)
     return cls(**values)
 
 
-def _names(cls: type) -> list[str]:
+def _names(cls: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(cls)]
 
 
@@ -256,6 +256,10 @@ def _leaf(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong("a number")
         return float(value)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise wrong(f"one of {', '.join(get_args(kind))}")
+        return value
     if kind is str:
         if not isinstance(value, str):
             raise wrong("text")
@@ -274,7 +278,9 @@ def _check(config: Config) -> None:
 
 def _one_of(where: str, value: str, known: list[str]) -> None:
     if value not in known:
-        raise ConfigError(f"{where} is {value!r}, which is not known.{_nearest(value, known)} Known: {', '.join(known)}.")
+        raise ConfigError(
+            f"{where} is {value!r}, which is not known.{_nearest(value, known)} Known: {', '.join(known)}."
+        )
 
 
 def _check_names(config: Config) -> None:
@@ -290,7 +296,6 @@ def _check_names(config: Config) -> None:
     for name in ("teacher", "guided", "progressive"):
         stage: OptimizationConfig = getattr(config, name)
         _one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
-        _one_of(f"config.{name}.anneal", stage.anneal, ["constant", "linear"])
 
 
 def _check_ranges(config: Config) -> None:

@@ -185,9 +185,7 @@ def _measure(
 ) -> None:
     start = time.monotonic()
     config = folder.config
-    samples = generator.sample(
-        config.evaluation.num_samples, seed=_seed(folder), w=item.w, num_steps=item.num_steps
-    )
+    samples = generator.sample(config.evaluation.num_samples, seed=_seed(folder), w=item.w, num_steps=item.num_steps)
     seconds = time.monotonic() - start
     sampled, predicted = network.measure(samples.images)
     moments = metrics.moments_of(sampled)
@@ -241,7 +239,10 @@ class _Bar:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=total, desc="evaluation", unit="measurement", disable=None if meshes.is_main() else True,
+            total=total,
+            desc="evaluation",
+            unit="measurement",
+            disable=None if meshes.is_main() else True,
             dynamic_ncols=True,
         )
         self._lines = meshes.is_main() and self._bar.disable

@@ -40,7 +40,7 @@ def describe(config: Config) -> str:
     lines.append(f"devices here: {meshes.describe(meshes.make_mesh())}")
     lines.append("")
     head = ("stage", "learns from", "steps", "updates", "batch", "parameters", "FLOPs/update", "FLOPs", "memory")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     total = 0.0
     for stage in stages:
         flops = flops_per_update(config, stage, facts)

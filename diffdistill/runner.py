@@ -125,7 +125,10 @@ def _train_stage(
     if done == stage.num_updates:
         say(f"{stage.name}: finished before ({done} updates)")
         return
-    say(f"{stage.name}: " + (f"resumed at update {done} of {stage.num_updates}" if done else f"{stage.num_updates} updates"))
+    say(
+        f"{stage.name}: "
+        + (f"resumed at update {done} of {stage.num_updates}" if done else f"{stage.num_updates} updates")
+    )
     config = run.config
     method = chain.method_of(config, stage, run.facts)
     if id(method) not in compiled:

@@ -146,7 +146,12 @@ class Generator:
 
     def _compiled(self, sampler: str, *, two_branches: bool) -> Callable[..., jax.Array]:
         return _compiled(
-            self.denoiser, self.schedule, sampler, self.clip, self.variance_fraction, two_branches,
+            self.denoiser,
+            self.schedule,
+            sampler,
+            self.clip,
+            self.variance_fraction,
+            two_branches,
             self.guidance_range is not None,
         )
 
@@ -185,7 +190,11 @@ def _compiled(
         )
         x = samplers.get(sampler)(
             lambda z, log_snr: model(params, z, log_snr, condition),
-            latents, schedule, num_steps, keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys), clip=clip,
+            latents,
+            schedule,
+            num_steps,
+            keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
+            clip=clip,
             **settings,
         )
         return to_bytes(x)

@@ -67,7 +67,8 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
         _check_same(file, record)
     elif folder.is_dir() and any(folder.glob("*/*/_CHECKPOINT_METADATA")):
         raise WorkdirError(
-            f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore the file."
+            f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore "
+            "the file."
         )
     if write:
         try:
@@ -81,7 +82,8 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
             write_atomically(file, json.dumps({**record, **about}, indent=2) + "\n")
         except OSError as error:
             raise WorkdirError(
-                f"The workdir {folder} cannot be written: {error.strerror or error}. Choose another with --workdir=FOLDER."
+                f"The workdir {folder} cannot be written: {error.strerror or error}. "
+                "Choose another with --workdir=FOLDER."
             ) from error
     return Workdir(folder, config, facts)
 
@@ -95,7 +97,9 @@ def read(path: str | os.PathLike[str]) -> Workdir:
     folder = Path(os.path.abspath(path))
     file = folder / "config.json"
     if not file.is_file():
-        raise WorkdirError(f"{folder} holds no run: there is no config.json in it. Give the --workdir of a training run.")
+        raise WorkdirError(
+            f"{folder} holds no run: there is no config.json in it. Give the --workdir of a training run."
+        )
     record = _load(file)
     try:
         data = record["data"]

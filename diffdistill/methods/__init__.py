@@ -1,4 +1,4 @@
-"""What is trained: one file per idea, each binding pure functions into one :class:`~diffdistill.methods.base.Method`."""
+"""What is trained: one file per idea, each binding pure functions into one Method."""
 
 from diffdistill.methods.base import Method
 

@@ -32,7 +32,7 @@ def distillation(
     w_max: float,
     stratified: bool = False,
 ) -> base.Method:
-    """Method that fits a w-conditioned student to a guided teacher; ``sources["teacher"]`` are the teacher's parameters.
+    """Method that fits a w-conditioned student to a guided teacher, whose parameters are ``sources["teacher"]``.
 
     Loss: weight(log_snr) ||D_student(z_t, label, w) - x_w(z_t, label)||^2 with w uniform on [w_min, w_max] and t
     uniform; no sampler step is involved. The student starts from the teacher's parameters; its branch for w starts
@@ -57,9 +57,7 @@ def distillation(
         size = x.shape[0]
         log_snr = schedule.log_snr(base.training_times(random["time"], size, schedule, stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
-        condition = Condition(
-            label=batch["label"], guidance=guidance_weights(random["guidance"], size, w_min, w_max)
-        )
+        condition = Condition(label=batch["label"], guidance=guidance_weights(random["guidance"], size, w_min, w_max))
         target = jax.lax.stop_gradient(guided_teacher(frozen["teacher"], z, log_snr, condition))
         x_hat = student(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, target, log_snr, weight)

@@ -1,0 +1,99 @@
+"""Collects what a run left behind (results, losses, grids, costs, facts) and writes its report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffdistill import chain, plan, runner
+from diffdistill.evaluate import RESULTS
+from diffdistill.evaluation import results, tables
+from diffdistill.evaluation.report import write_report as write_page
+from diffdistill.training.checkpoints import StageCheckpoints
+from diffdistill.workdir import Workdir
+
+_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)\.png")
+
+
+def write_report(folder: Workdir) -> tuple[str, Path]:
+    """Writes report.html and its pictures into a run's folder; returns the tables for the terminal and the page's path.
+
+    Works on an unfinished run too: what is not there yet is shown as missing.
+    """
+    measured = results.read(folder.path / RESULTS)
+    costs = list(stage_costs(folder))
+    page = write_page(
+        folder.path / "report.html",
+        title=f"diffdistill: {folder.config.name}",
+        results=measured,
+        losses=list(_losses(folder)),
+        grids=list(_grids(folder)),
+        facts=_facts(folder),
+        costs=costs,
+    )
+    return f"{tables.terminal_table(measured)}\n{tables.terminal_costs(costs)}", page
+
+
+def stage_costs(folder: Workdir) -> Iterator[dict[str, Any]]:
+    """Updates, FLOPs and wall time (compilation included) of every finished stage, in order."""
+    for stage in runner.finished(folder):
+        meta = StageCheckpoints(folder.stage(stage.name), read_only=True).meta()
+        flops = plan.flops_per_update(folder.config, stage, folder.facts)
+        yield {
+            "stage": stage.name,
+            "updates": stage.num_updates,
+            "flops": flops * stage.num_updates,
+            "wall_seconds": meta.get("seconds"),
+        }
+
+
+def _losses(folder: Workdir) -> Iterator[dict[str, Any]]:
+    file = folder.path / "metrics.jsonl"
+    if not file.exists():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # the line that a kill cut short; the next start of the stage removes it
+
+
+def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
+    """The grids that belong to the config's measurements, teacher first, then by falling number of steps."""
+    order = {stage.name: index for index, stage in enumerate(chain.plan(folder.config))}
+    found = []
+    for path in (folder.path / "grids").glob("w*/*.png"):
+        match = _GRID.fullmatch(path.name)
+        if match and match["stage"] in order:
+            entry = {
+                "path": path,
+                "stage": match["stage"],
+                "num_steps": int(match["steps"]),
+                "w": float(path.parent.name[1:]),
+            }
+            found.append((entry["w"], order[match["stage"]], -entry["num_steps"], entry))
+    yield from (entry for *_, entry in sorted(found, key=lambda item: item[:3]))
+
+
+def _facts(folder: Workdir) -> dict[str, Any]:
+    record = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    last = chain.plan(folder.config)[-1]
+    height, width, channels = folder.facts.image_shape
+    measured = results.read(folder.path / RESULTS)
+    return {
+        "images": f"{folder.config.data.source} {folder.config.data.path}".strip()
+        + f", {height}x{width}x{channels}, {folder.facts.num_classes} classes",
+        "parameters": f"{chain.denoiser_of(folder.config, last, folder.facts).num_parameters():,}",
+        "output": folder.config.model.prediction,
+        "schedule": folder.config.process.schedule,
+        "seed": folder.config.seed,
+        "samples per measurement": folder.config.evaluation.num_samples,
+        "hardware": measured[-1]["hardware"] if measured else "unknown",
+        "started": record.get("started", "unknown"),
+        "command": " ".join(record.get("command_line", [])),
+        "git revision": record.get("git_revision", "unknown"),
+        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+    }
