@@ -30,7 +30,7 @@ def grid(
 ) -> np.ndarray:
     """Tiles images (N, H, W, C) uint8, row by row, into one picture, uint8 (height, width, C).
 
-    Between tiles and around them lie `gap` white pixels (a sixteenth of a tile, unless given). Images are enlarged by
+    Between tiles and around them lie `gap` white pixels (a tenth of a tile, unless given). Images are enlarged by
     the whole factor `scale` with hard edges, by default until they are at least `TILE` pixels. Places without an
     image stay white. `row_labels` (one per row) are written in a margin on the left.
     Raises ValueError when the images do not fit.
@@ -48,7 +48,7 @@ def grid(
         raise ValueError(f"scale is a whole factor of at least 1; given {scale}")
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = height * scale, width * scale
-    gap = max(2, min(height, width) // 16) if gap is None else gap
+    gap = max(2, min(height, width) // 10) if gap is None else gap
 
     picture = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), BACKGROUND, np.uint8)
     for index, image in enumerate(images):

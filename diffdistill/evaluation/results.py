@@ -97,13 +97,9 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not a JSON object ({error}); correct or delete the line"
-            ) from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object; found {line[:60]!r}")
+            entry = dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object ({error}); correct or delete it") from error
         records.append(entry)
     return records
 
