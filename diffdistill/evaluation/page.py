@@ -36,7 +36,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .7rem 1rem; }
 .tiles b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); }
-.figures.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 240px), 1fr)); }
+.figures.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 .figures.grids { grid-template-columns: repeat(auto-fill, minmax(min(100%, 270px), 1fr)); align-items: end; }
 figure { margin: 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
