@@ -129,7 +129,7 @@ def test_network_time_is_a_thousand_times_the_angle(name):
 def test_unknown_names_and_settings_are_refused():
     with pytest.raises(ValueError, match="unknown network output 'epsilon'; known: x, eps, v, both, edm"):
         parameterisation.get("epsilon")
-    with pytest.raises(ValueError, match="'sigma_date'.*Did you mean 'sigma_data'"):
+    with pytest.raises(ValueError, match=r"'sigma_date'.*Did you mean 'sigma_data'"):
         parameterisation.get("edm", sigma_date=0.5)
     with pytest.raises(ValueError, match="takes no settings"):
         parameterisation.get("v", sigma_data=0.5)

@@ -68,7 +68,8 @@ def test_log1mexp_matches_float64_and_has_finite_gradients():
 
 
 def test_log1mexp_is_finite_at_zero():
-    assert np.isfinite(process.log1mexp(0.0)) and np.isfinite(jax.grad(process.log1mexp)(0.0))
+    assert np.isfinite(process.log1mexp(0.0))
+    assert np.isfinite(jax.grad(process.log1mexp)(0.0))
 
 
 def test_transition_variance_closes_the_chain():

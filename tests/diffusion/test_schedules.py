@@ -46,14 +46,16 @@ def test_log_snr_decreases_strictly_within_the_bounds(name):
     values = np.asarray(schedule.log_snr(np.arange(steps + 1, dtype=np.float32) / np.float32(steps)))
     assert values.dtype == np.float32
     assert (np.diff(values) < 0).all()
-    assert values[0] == 20.0 and values[-1] >= -20.0
+    assert values[0] == 20.0
+    assert values[-1] >= -20.0
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_log_snr_keeps_to_narrower_bounds(name):
     values = schedules.get(name, log_snr_min=-3.0, log_snr_max=4.0).log_snr(jnp.linspace(0, 1, 101))
     np.testing.assert_allclose([values.max(), values.min()], [4.0, -3.0], atol=1e-6)
-    assert values.max() <= 4.0 and values.min() >= -3.0
+    assert values.max() <= 4.0
+    assert values.min() >= -3.0
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,8 @@ def test_linear_table_against_a_plain_loop():
         got = schedule.log_snr(np.arange(1, steps + 1, dtype=np.float32) / np.float32(steps))
         np.testing.assert_allclose(got, values, rtol=2e-7, atol=1e-6)
     alpha_bar = schedules.alpha_bars(schedules.linear_betas(1000))
-    assert alpha_bar.dtype == np.float64 and alpha_bar[0] == 1.0
+    assert alpha_bar.dtype == np.float64
+    assert alpha_bar[0] == 1.0
     assert alpha_bar[-1] == pytest.approx(4.0358e-5, rel=1e-4)
 
 
@@ -150,7 +153,7 @@ def test_integer_times_are_legal():
 
 
 def test_mistakes_are_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="unknown schedule 'cosin'.*discrete_linear.*Did you mean 'cosine'"):
+    with pytest.raises(ValueError, match=r"unknown schedule 'cosin'.*discrete_linear.*Did you mean 'cosine'"):
         schedules.get("cosin")
     with pytest.raises(ValueError, match="log_snr_min < log_snr_max"):
         schedules.get("cosine", log_snr_min=5.0, log_snr_max=-5.0)

@@ -125,9 +125,9 @@ def test_settings_change_the_weight():
 
 
 def test_unknown_names_and_settings_are_refused():
-    with pytest.raises(ValueError, match="unknown loss weight 'snr_truncated'; known: constant.*mean 'snr_trunc'"):
+    with pytest.raises(ValueError, match=r"unknown loss weight 'snr_truncated'; known: constant.*mean 'snr_trunc'"):
         weighting.get("snr_truncated")
-    with pytest.raises(ValueError, match="unknown setting of loss weight 'p2' 'gama'.*mean 'gamma'"):
+    with pytest.raises(ValueError, match=r"unknown setting of loss weight 'p2' 'gama'.*mean 'gamma'"):
         weighting.get("p2", gama=1.0)
     with pytest.raises(ValueError, match="takes no settings"):
         weighting.get("snr", k=1.0)

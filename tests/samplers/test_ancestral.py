@@ -142,12 +142,28 @@ def test_an_image_depends_on_its_own_key_alone():
     np.testing.assert_array_equal(changed, [False, False, True, False, False])
 
 
+def test_clipping_limits_every_prediction_and_can_be_left_off():
+    """A denoiser that says 3 at t = 1 and hands z through at t = 1/2, where the step before it shows."""
+    schedule, keys, z = schedules.get("cosine"), keys_of(0, 1), jnp.full((2, 3, 3, 1), -1e4)
+
+    def through(z, log_snr):
+        return jnp.where(process.expand(log_snr, z) < -19, 3.0, z)
+
+    free, limited = (ancestral.sample(through, z, schedule, 2, keys=keys, clip=clip) for clip in (False, True))
+    # A step keeps 3e-5 of z and takes alpha_s of the prediction, which without the clip is larger by 2.
+    expected = np.clip(free - 2 * process.alpha(schedule.log_snr(0.5)), -1, 1)
+    np.testing.assert_allclose(limited, expected, atol=1e-4)
+    assert (free > 1).any()
+    assert (np.abs(expected) < 1).any()
+
+
 def test_strict_promotion_rules_are_kept():
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         out = ancestral.sample(
             gaussian, jnp.ones((2, 2, 2, 1)), schedules.get("cosine"), jnp.int32(3), keys=keys_of(0, 1)
         )
-    assert out.shape == (2, 2, 2, 1) and out.dtype == jnp.float32
+    assert out.shape == (2, 2, 2, 1)
+    assert out.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("keys", [None, jnp.zeros((2, 2), jnp.uint32), jax.random.key(0)])
