@@ -6,10 +6,8 @@ there. Whatever a kill leaves half done is ignored and removed when the stage is
 
 import dataclasses
 import errno
-import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +17,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from diffdistill.training import mesh as meshes
-from diffdistill.training import trees
+from diffdistill.training import quiet, trees
+from diffdistill.training.errors import CheckpointError
 
 META = "meta"
 COMMITTED = "_CHECKPOINT_METADATA"
@@ -27,41 +26,6 @@ COMMITTED = "_CHECKPOINT_METADATA"
 
 
 KEPT = "Checkpoints that were complete before are intact; start the same command again to continue from the newest."
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The message names the directory and says what to do."""
-
-
-class _NotOrbax(logging.Filter):
-    """Keeps Orbax's records out of the log: progress notes, and tracebacks of errors that we raise ourselves."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-class _NotForgotten(logging.Filter):
-    """Keeps asyncio from listing the other writes that failed with the one we report."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax-checkpoint-tmp" not in record.getMessage()
-
-
-class _NotClosedLoops:
-    """In place of `sys.unraisablehook`: after a failed write, the other writes report to an event loop that Orbax has
-    closed, which is no news for a user. All else goes to the hook that was there before.
-    """
-
-    def __init__(self, hook: Any) -> None:
-        self._hook = hook
-
-    def __call__(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            self._hook(unraisable)
-
-
-logging.getLogger("absl").addFilter(_NotOrbax())
-logging.getLogger("asyncio").addFilter(_NotForgotten())
 
 
 class StageCheckpoints:
@@ -78,6 +42,7 @@ class StageCheckpoints:
     ) -> None:
         if save_every < 0 or keep < 1:
             raise ValueError(f"save_every={save_every} and keep={keep}: expected save_every >= 0 and keep >= 1.")
+        quiet.orbax()
         self.directory = Path(os.path.abspath(directory))
         self.save_every = save_every
         self._read_only = read_only
@@ -96,8 +61,6 @@ class StageCheckpoints:
         )
         try:
             if not read_only:
-                if not isinstance(sys.unraisablehook, _NotClosedLoops):
-                    sys.unraisablehook = _NotClosedLoops(sys.unraisablehook)
                 self.directory.mkdir(parents=True, exist_ok=True)
                 if meshes.is_main():
                     _remove_torn(self.directory)

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 
 class Interrupt:
@@ -35,12 +36,12 @@ def catch_signals() -> Iterator[Interrupt]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    defaults = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    defaults: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
     def handle(number: int, frame: FrameType | None) -> None:
         del frame
         if interrupt.requested:
-            signal.signal(number, defaults[signal.Signals(number)])
+            signal.signal(number, defaults[number])
             os.kill(os.getpid(), number)
             return
         interrupt.request(signal.Signals(number).name)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
+from diffdistill.training.errors import Interrupted, NonFiniteLoss
 from diffdistill.training.interrupt import Interrupt, catch_signals
 from diffdistill.training.metrics import MetricWriter, Window
 from diffdistill.training.prefetch import Batch, Calls
@@ -27,21 +28,6 @@ from diffdistill.training.progress import Progress
 State = Any
 Metrics = dict[str, jax.Array]
 Step = Callable[[State, Any, Batch, jax.Array, Mapping[str, jax.Array]], tuple[State, Metrics]]
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the parameters are no longer finite. The message says where; nothing of it was saved."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and did so after saving update `update`."""
-
-    def __init__(self, stage: str, update: int, num_updates: int, reason: str) -> None:
-        super().__init__(
-            f"Stage {stage} stopped by {reason} after update {update} of {num_updates}, which is saved. "
-            "Start the same command again to continue."
-        )
-        self.stage, self.update, self.reason = stage, update, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +144,7 @@ def fit(
     interrupt: what tells the loop to stop; by default SIGTERM and SIGINT are caught while it runs.
     max_in_flight: calls handed to the device and not yet waited for.
 
-    Raises NonFiniteLoss, Interrupted (after saving), CheckpointError.
+    Raises NonFiniteLoss, Interrupted (after saving), CheckpointError, MetricsError, and what `batches` raises.
     """
     mesh = compiled.mesh
     state, frozen, arguments, stage_key = meshes.replicate(

@@ -1,15 +1,17 @@
 """Where numbers go: metrics.jsonl always, TensorBoard events where tensorboardX is installed."""
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from diffdistill.training import mesh as meshes
+from diffdistill.training.errors import MetricsError
 
 
 class MetricWriter:
@@ -19,30 +21,35 @@ class MetricWriter:
     step: updates the stage has done already (0 = fresh). Lines of the stage beyond it, and a line torn by a kill, are
     dropped on opening, so that a resumed stage leaves no line twice.
     A value that is not finite (the loss of an empty bin) is written as null. Only the main process writes.
-    Raises OSError, with the file's name, where the directory cannot be written.
+    Raises MetricsError where the file cannot be written (a full disk, a directory that is none).
     """
 
     def __init__(self, directory: str | os.PathLike[str], stage: str, step: int = 0, *, tensorboard: bool = True):
         self._stage = stage
-        self._file = None
+        self._path = Path(directory) / "metrics.jsonl"
+        self._file: TextIO | None = None
         self._events: Any = None
         if not meshes.is_main():
             return
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        _drop_lines_after(path, stage, step)
-        self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            self._events = _event_writer(directory / "tensorboard" / stage, step)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_lines_after(self._path, stage, step)
+            self._file = self._path.open("a", encoding="utf-8")
+            if tensorboard:
+                self._events = _event_writer(self._path.parent / "tensorboard" / stage, step)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """step: updates done. scalars: numbers or small 1-d arrays."""
         if self._file is None:
             return
         values = {name: _plain(value) for name, value in scalars.items()}
-        self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
-        self._file.flush()  # to the kernel: a kill loses nothing
+        try:
+            self._file.write(json.dumps({"stage": self._stage, "step": step, **values}) + "\n")
+            self._file.flush()  # to the kernel: a kill loses nothing
+        except OSError as error:
+            raise self._failed(error) from error
         if self._events is not None:
             for name, value in values.items():
                 for key, number in _numbered(name, value):
@@ -55,9 +62,7 @@ class MetricWriter:
                 self._events.add_images(name, np.asarray(array), step, dataformats="NHWC")
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
-        if self._file is not None:
-            self._file.flush()
+        """Hand everything to the operating system (lines are there already)."""
         if self._events is not None:
             self._events.flush()
 
@@ -69,6 +74,17 @@ class MetricWriter:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+    def _failed(self, error: OSError) -> MetricsError:
+        """The message; and no second attempt with what could not be written."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+        return MetricsError(
+            f"Cannot write {self._path}: {error.strerror}. Free some space or choose a workdir that this user may "
+            "write; then start the same command again to continue from the newest checkpoint."
+        )
 
 
 class Window:
@@ -87,7 +103,7 @@ class Window:
     def add(
         self, first: int, metrics: Mapping[str, np.ndarray], last: int
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """metrics: name -> (count, ...) rows of updates first+1 .. first+count. Yields (update, means) per full window."""
+        """metrics: name -> (count, ...) rows of updates first+1 .. first+count. Yields (update, means) per window."""
         count = len(next(iter(metrics.values())))
         for row in range(count):
             for name, rows in metrics.items():
@@ -126,7 +142,7 @@ def _numbered(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def _drop_lines_after(path: Path, stage: str, step: int) -> None:
     """Rewrite `path` without the lines of `stage` beyond `step` and without torn lines. Atomic."""
-    if not path.exists():
+    if not path.is_file():
         return
 
     def keep(line: str) -> bool:

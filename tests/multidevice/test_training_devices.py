@@ -8,10 +8,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import toy_training as toy
 
 TRAINING = Path(__file__).parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-import toy
 
 UPDATES = 12
 
@@ -28,7 +27,7 @@ def test_eight_devices_equal_one_and_hand_over(tmp_path):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{TRAINING.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
     }
-    script = str(TRAINING / "toy.py")
+    script = str(TRAINING / "toy_training.py")
     command = [sys.executable, script, str(tmp_path / "eight"), str(UPDATES), "--signal_at", "0", "9"]
     interrupted = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert interrupted.returncode == 3, interrupted.stderr

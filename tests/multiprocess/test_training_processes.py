@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import toy_training as toy
 
 TRAINING = Path(__file__).parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-import toy
 
 UPDATES = 24
 
@@ -34,7 +33,7 @@ def test_two_processes_stop_together_and_one_resumes(tmp_path):
     workers = [
         subprocess.Popen(
             [
-                *(sys.executable, str(TRAINING / "toy.py"), str(tmp_path / "two"), str(UPDATES)),
+                *(sys.executable, str(TRAINING / "toy_training.py"), str(tmp_path / "two"), str(UPDATES)),
                 *("--process", str(port), "2", str(index), "--signal_at", "1", "11"),
             ],
             env=environment,

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import jax
 import pytest
+import toy_training as toy
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import toy
 
 UPDATES, SAVE_EVERY = 90, 9
 
 
 def start(workdir: Path) -> subprocess.Popen:
     """The toy run in a process of its own, slow enough to be hit (10 ms a batch)."""
-    command = [sys.executable, str(HERE / "toy.py"), str(workdir), str(UPDATES), "--pause", "0.01"]
+    command = [sys.executable, str(HERE / "toy_training.py"), str(workdir), str(UPDATES), "--pause", "0.01"]
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(
         [*command, "--save_every", str(SAVE_EVERY)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffdistill.training import progress
+from diffdistill.training.errors import MetricsError
 from diffdistill.training.metrics import MetricWriter, Window
 
 
@@ -47,6 +48,19 @@ def test_tensorboard_events_where_tensorboardx_is_installed(tmp_path):
     writer.flush()
     writer.close()
     assert all(path.name.startswith("events") for path in (tmp_path / "tensorboard" / "a").iterdir())
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """/dev/full answers every write with "no space left": one message, and closing afterwards is quiet."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricWriter(tmp_path, "a", tensorboard=False)
+    with pytest.raises(MetricsError, match=r"Cannot write .*metrics.jsonl: No space left on device"):
+        writer.write_scalars(1, {"loss": 1.0})
+    writer.flush()
+    writer.close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MetricsError, match=r"Cannot write .*file/metrics.jsonl: "):
+        MetricWriter(tmp_path / "file", "a")
 
 
 def test_windows_average_what_is_there():

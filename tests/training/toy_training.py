@@ -1,6 +1,6 @@
 """A linear student of a linear teacher: everything the training machinery needs, in 40 parameters.
 
-Also a script, so that tests can run it in other processes: python toy.py WORKDIR NUM_UPDATES [options].
+Also a script, so that tests can run it in other processes: python toy_training.py WORKDIR NUM_UPDATES [options].
 """
 
 import argparse
