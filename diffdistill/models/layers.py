@@ -1,6 +1,7 @@
 """The small parts that networks are built from: embeddings of scalars, normalisation, attention."""
 
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -23,25 +24,56 @@ def sinusoids(value: jax.Array, features: int) -> jax.Array:
     return jnp.pad(embedding, ((0, 0), (0, features - 2 * half)))
 
 
-def group_norm(channels: int, num_groups: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """GroupNorm over `channels`, with statistics in float32 and the accurate (two-pass) variance.
+def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """LeCun's truncated normal for kernels (..., inputs, outputs): variance 1 / (number of inputs of one output).
+
+    As flax's default, but drawn flat: the counters of a flat draw are simpler, which halves the compilation of a
+    network's initialisation.
+    """
+    # The standard deviation of a normal cut at two standard deviations.
+    bound = 1.0 / (0.87962566103423978 * math.sqrt(math.prod(shape[:-1])))
+    return bound * jax.random.truncated_normal(key, -2.0, 2.0, (math.prod(shape),), dtype).reshape(shape)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm of (B, H, W, C) with statistics in float32 and the accurate (two-pass) variance; output in `dtype`.
 
     Channel counts that `num_groups` does not divide get their greatest common divisor as the number of groups, so
     that any width works; multiples of `num_groups` are not affected.
     """
-    groups = math.gcd(channels, num_groups)
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+    num_groups: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        groups = math.gcd(channels, self.num_groups)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+
+        def group_mean(h: jax.Array) -> jax.Array:
+            # Per channel first: a reduction over H and W that keeps NHWC as it is, which XLA:CPU runs a fifth faster
+            # than one over (H, W, channels of the group).
+            means = h.mean(axis=(1, 2)).reshape(-1, groups, channels // groups).mean(axis=-1)
+            return jnp.repeat(means, channels // groups, axis=-1)[:, None, None, :]
+
+        centred = x.astype(jnp.float32)
+        centred = centred - group_mean(centred)
+        variance = group_mean(jnp.square(centred))
+        return (centred * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias).astype(self.dtype)
 
 
-def cudnn_permits(dtype: DTypeLike, head_dim: int, platform: str, compute_capability: float) -> bool:
+def cudnn_permits(dtype: DTypeLike, head_dim: int, platform: str, compute_capability: str) -> bool:
     """Whether cuDNN's fused attention takes this: 16 bits, head_dim a multiple of 8 up to 128 (256 from Hopper on)."""
-    largest = 256 if compute_capability >= 9.0 else 128
+    # Other makers' devices have no number there ("gfx90a"), and no cuDNN.
+    version = float(compute_capability) if re.fullmatch(r"\d+\.\d+", compute_capability) else 0.0
     return (
         platform == "gpu"
-        and compute_capability >= 8.0
+        and version >= 8.0
         and jnp.dtype(dtype) == jnp.bfloat16
         and head_dim % 8 == 0
-        and head_dim <= largest
+        and head_dim <= (256 if version >= 9.0 else 128)
     )
 
 
@@ -54,12 +86,12 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, implementation: s
     if implementation not in ATTENTIONS:
         raise ValueError(f"attention={implementation!r} is not known; choose one of {', '.join(ATTENTIONS)}.")
     device = jax.local_devices()[0]
-    capability = float(getattr(device, "compute_capability", 0.0))
+    capability = str(getattr(device, "compute_capability", ""))
     fused = cudnn_permits(query.dtype, query.shape[-1], device.platform, capability)
     if implementation == "cudnn" and not fused:
         raise ValueError(
-            f"attention='cudnn' needs dtype bfloat16, a head dimension that is a multiple of 8 up to 128 (256 on Hopper "
-            f"and later) and an NVIDIA GPU from Ampere on; got {query.dtype}, head dimension {query.shape[-1]} and "
+            f"attention='cudnn' needs dtype bfloat16, a head dimension that is a multiple of 8 up to 128 (256 from "
+            f"Hopper on) and an NVIDIA GPU from Ampere on; got {query.dtype}, head dimension {query.shape[-1]} and "
             f"platform {device.platform!r}. Use attention='auto' to fall back by itself."
         )
     return jax.nn.dot_product_attention(

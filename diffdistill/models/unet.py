@@ -1,5 +1,7 @@
 """The ADM-type UNet of Salimans & Ho 2022 (arXiv 2202.00512), with the w branch of Meng et al. 2023 (2210.03142)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ from jax.typing import DTypeLike
 
 from diffdistill.models import layers
 
+Conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=layers.fan_in_normal)
+Dense = functools.partial(nn.Dense, kernel_init=layers.fan_in_normal)
 GUIDANCE_EMBEDDINGS = ("none", "mapped", "raw")
 
 
@@ -41,19 +45,19 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, activated_embedding: jax.Array, deterministic: bool) -> jax.Array:
         resample = RESAMPLERS[self.resample]
-        h = nn.swish(layers.group_norm(x.shape[-1], self.num_groups, self.dtype, "norm1")(x))
+        h = nn.swish(layers.GroupNorm(self.num_groups, self.dtype, name="norm1")(x))
         h, x = resample(h), resample(x)
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv1")(h)
+        h = Conv(self.channels, dtype=self.dtype, name="conv1")(h)
 
-        modulation = nn.Dense(2 * self.channels, dtype=self.dtype, name="temb_proj")(activated_embedding)
+        modulation = Dense(2 * self.channels, dtype=self.dtype, name="temb_proj")(activated_embedding)
         scale, shift = jnp.split(modulation[:, None, None, :], 2, axis=-1)
-        h = layers.group_norm(self.channels, self.num_groups, self.dtype, "norm2")(h)
+        h = layers.GroupNorm(self.num_groups, self.dtype, name="norm2")(h)
         h = nn.swish(h * (1 + scale) + shift)
         h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="conv2")(h)
+        h = Conv(self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="conv2")(h)
 
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, dtype=self.dtype, name="nin_shortcut")(x)
+            x = Dense(self.channels, dtype=self.dtype, name="nin_shortcut")(x)
         return x + h
 
 
@@ -69,10 +73,10 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         heads = (batch, height * width, self.num_heads, channels // self.num_heads)
-        h = layers.group_norm(channels, self.num_groups, self.dtype, "norm")(x)
-        query, key, value = (nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads) for name in "qkv")
+        h = layers.GroupNorm(self.num_groups, self.dtype, name="norm")(x)
+        query, key, value = (Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads) for name in "qkv")
         h = layers.attend(query, key, value, self.attention).reshape(x.shape)
-        return x + nn.Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out")(h)
+        return x + Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out")(h)
 
 
 class UNet(nn.Module):
@@ -142,7 +146,7 @@ class UNet(nn.Module):
 
         widths = [self.channels * multiplier for multiplier in self.multipliers]
         last = len(widths) - 1
-        h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(inputs)
+        h = Conv(self.channels, dtype=self.dtype, name="conv_in")(inputs)
         skips = [h]
         for level, width in enumerate(widths):
             for index in range(self.blocks_per_level):
@@ -162,21 +166,21 @@ class UNet(nn.Module):
             if level > 0:
                 h = residual(h, width, f"up_{level}_upsample", "up")
 
-        h = nn.swish(layers.group_norm(h.shape[-1], self.num_groups, jnp.float32, "norm_out")(h))
-        return nn.Conv(self.output_channels, (3, 3), kernel_init=nn.initializers.zeros, name="conv_out")(h)
+        h = nn.swish(layers.GroupNorm(self.num_groups, name="norm_out")(h))
+        return Conv(self.output_channels, kernel_init=nn.initializers.zeros, name="conv_out")(h)
 
     def _embed(self, time: jax.Array, label: jax.Array | None, guidance: jax.Array | None) -> jax.Array:
         """The sum (B, embedding) of what is known besides the image: time, class and guidance weight."""
-        h = nn.Dense(self.embedding, name="dense0")(layers.sinusoids(time, self.channels))
-        h = nn.Dense(self.embedding, name="dense1")(nn.swish(h))
+        h = Dense(self.embedding, name="dense0")(layers.sinusoids(time, self.channels))
+        h = Dense(self.embedding, name="dense1")(nn.swish(h))
         if label is not None:
-            h = h + nn.Dense(self.embedding, name="class_emb")(jax.nn.one_hot(label, self.num_classes))
+            h = h + Dense(self.embedding, name="class_emb")(jax.nn.one_hot(label, self.num_classes))
         if guidance is not None:
             # 1000 as for the time: the sinusoids resolve about 1e-3 of the mapped range (0, 1).
             mapped = jnp.arctan(jnp.exp(-guidance / 2)) / (jnp.pi / 2)
             w = 1000.0 * (mapped if self.guidance_embedding == "mapped" else guidance)
-            g = nn.Dense(self.embedding, name="guidance_dense0")(layers.sinusoids(w, self.channels))
-            g = nn.Dense(self.embedding, kernel_init=nn.initializers.zeros, name="guidance_dense1")(nn.swish(g))
+            g = Dense(self.embedding, name="guidance_dense0")(layers.sinusoids(w, self.channels))
+            g = Dense(self.embedding, kernel_init=nn.initializers.zeros, name="guidance_dense1")(nn.swish(g))
             h = h + g
         return h
 
@@ -187,7 +191,7 @@ class UNet(nn.Module):
         if heads < 1 or channels % heads or (self.head_dim is not None and channels % self.head_dim):
             raise ValueError(
                 f"attention over {channels} channels cannot be split into num_heads={self.num_heads}, "
-                f"head_dim={self.head_dim}: choose one that divides channels * multiplier at every level with attention."
+                f"head_dim={self.head_dim}: choose one that divides the channels of every level with attention."
             )
         return heads
 
@@ -220,8 +224,8 @@ class UNet(nn.Module):
             raise ValueError("this network is unconditional (num_classes=0) and takes no label; leave it out.")
         if self.guidance_embedding != "none" and guidance is None:
             raise ValueError(
-                f"this network is conditional on the guidance weight w (guidance_embedding={self.guidance_embedding!r}) "
-                f"and needs guidance; w = 0 is the plain conditional model."
+                f"this network needs guidance, the weight w (guidance_embedding={self.guidance_embedding!r}); "
+                f"w = 0 is the plain conditional model."
             )
         if self.guidance_embedding == "none" and guidance is not None:
             raise ValueError(
