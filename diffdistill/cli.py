@@ -92,9 +92,8 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.evaluate import EvaluationInterrupted
     from diffdistill.sample import SampleError
     from diffdistill.training import mesh
-    from diffdistill.training.checkpoints import CheckpointError
+    from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.training.interrupt import catch_signals
-    from diffdistill.training.loop import Interrupted, NonFiniteLoss
     from diffdistill.workdir import WorkdirError
 
     with catch_signals() as interrupt:
@@ -113,7 +112,7 @@ def _main(arguments: list[str]) -> None:
             _fail(str(error), EXIT_NOT_FINITE)
         except (ConfigError, SampleError) as error:
             _fail(str(error), EXIT_USAGE)
-        except (DataError, WorkdirError, CheckpointError, ValueError) as error:
+        except (DataError, WorkdirError, TrainingError, ValueError) as error:
             _fail(str(error), EXIT_FAILED)
         except OSError as error:
             _fail(f"{error}. Checkpoints that were complete before are intact.", EXIT_FAILED)

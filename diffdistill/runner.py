@@ -18,6 +18,7 @@ from diffdistill.config import Config
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
+from diffdistill.methods import Method
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.interrupt import Interrupt
@@ -83,7 +84,7 @@ def train(run: Run, interrupt: Interrupt, say: Any = print) -> None:
       Interrupted: a signal arrived; everything up to the update it names is saved.
       NonFiniteLoss, CheckpointError: training or saving failed; earlier checkpoints are intact.
     """
-    compiled: dict[int, CompiledStep] = {}
+    compiled: dict[Method, CompiledStep] = {}
     for index, stage in enumerate(run.stages):
         with_checkpoints = StageCheckpoints(
             run.workdir.stage(stage.name), run.config.training.save_every, run.config.training.keep
@@ -117,7 +118,7 @@ def _train_stage(
     index: int,
     stage: Stage,
     checkpoints: StageCheckpoints,
-    compiled: dict[int, CompiledStep],
+    compiled: dict[Method, CompiledStep],
     interrupt: Interrupt,
     say: Any,
 ) -> None:
@@ -131,9 +132,9 @@ def _train_stage(
     )
     config = run.config
     method = chain.method_of(config, stage, run.facts)
-    if id(method) not in compiled:
+    if method not in compiled:
         calls = config.training.updates_per_call or None
-        compiled[id(method)] = compile_step(method.step, run.mesh, calls)
+        compiled[method] = compile_step(method.step, run.mesh, calls)
 
     stage_key = jax.random.fold_in(jax.random.key(config.seed), index)
     # Streams of an update are numbered from 0: the key of the initialisation lies beyond any update.
@@ -150,7 +151,7 @@ def _train_stage(
     writer = MetricWriter(run.workdir.path, stage.name, done)
     try:
         fit(
-            compiled[id(method)],
+            compiled[method],
             state,
             sources,
             {"num_steps": max(stage.num_steps, 1), "num_updates": stage.num_updates},

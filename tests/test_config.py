@@ -1,0 +1,190 @@
+"""Configs: what is refused before anything starts, and how it is said."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+
+from diffdistill import chain, config
+from diffdistill.config import Config, ConfigError, default_config, resolve
+
+
+def changed(**groups):
+    settings = default_config()
+    settings.teacher.num_updates = 10
+    for group, values in groups.items():
+        settings[group].update(values)
+    return settings
+
+
+def message(**groups) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(changed(**groups))
+    return str(caught.value)
+
+
+def test_defaults_survive_the_way_through_a_config_dict_and_json():
+    assert resolve(changed()) == dataclasses.replace(
+        Config(), teacher=dataclasses.replace(Config().teacher, num_updates=10)
+    )
+    settings = config.to_dict(resolve(changed()))
+    assert resolve(json.loads(json.dumps(settings))) == resolve(changed())
+
+
+def test_an_unknown_field_is_named_with_the_nearest_known_one():
+    settings = changed().to_dict()
+    settings["teacher"]["learning_rat"] = 1.0
+    with pytest.raises(ConfigError, match=r"config\.teacher\.learning_rat is not a field.*'learning_rate'"):
+        resolve(settings)
+    with pytest.raises(ConfigError, match=r"config\.techer is not a field.*'teacher'"):
+        resolve({**changed().to_dict(), "techer": {}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("teacher.batch_size", "many", "whole number"),
+        ("teacher.batch_size", 1.5, "whole number"),
+        ("teacher.batch_size", True, "whole number"),
+        ("teacher.learning_rate", "fast", "a number"),
+        ("data.flip", 1, "True or False"),
+        ("data.source", 3, "text"),
+        ("model.multipliers", 2, "list of whole numbers"),
+        ("model.multipliers", (1, 2.5), "whole number"),
+        ("teacher.anneal", "cosine", "constant, linear"),
+        ("teacher", 5, "group of fields"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expected):
+    settings = changed().to_dict()
+    *groups, name = path.split(".")
+    target = settings
+    for group in groups:
+        target = target[group]
+    target[name] = value
+    with pytest.raises(ConfigError) as caught:
+        resolve(settings)
+    assert f"config.{path}" in str(caught.value)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ({"data": {"source": "digit"}}, ["config.data.source", "'digits'"]),
+        ({"process": {"schedule": "cosin"}}, ["config.process.schedule", "'cosine'"]),
+        ({"model": {"prediction": "u"}}, ["config.model.prediction", "eps"]),
+        ({"teacher": {"weight": "snr_truncated"}}, ["config.teacher.weight", "'snr_trunc'"]),
+        ({"sampling": {"sampler": "dim"}}, ["config.sampling.sampler", "'ddim'"]),
+        ({"teacher": {"num_updates": 0}}, ["config.teacher.num_updates", "at least 1"]),
+        ({"teacher": {"label_dropout": 1.5}}, ["config.teacher.label_dropout", "from 0.0 to 1.0"]),
+        ({"model": {"channels": 33}}, ["num_groups", "33"]),
+        ({"model": {"multipliers": ()}}, ["config.model.multipliers", "empty"]),
+        ({"guided": {"num_updates": 5}, "model": {"conditional": False}}, ["guidance needs classes"]),
+        ({"guided": {"num_updates": 5}, "teacher": {"label_dropout": 0.0}}, ["null class", "label_dropout"]),
+        ({"guided": {"num_updates": 5, "w_min": 3.0, "w_max": 1.0}}, ["w_min (3.0)", "w_max (1.0)"]),
+        ({"progressive": {"num_updates": 5, "start_steps": 24}}, ["start_steps (24)", "doubled"]),
+        ({"progressive": {"num_updates": 5, "start_steps": 4, "end_steps": 4}}, ["start_steps (4)"]),
+        ({"progressive": {"num_updates": 5}, "model": {"prediction": "eps"}}, ["'eps'", "zero signal-to-noise"]),
+        (
+            {"progressive": {"num_updates": 5, "start_steps": 1024}, "process": {"schedule": "discrete_linear"}},
+            ["not a multiple", "1000"],
+        ),
+        ({"data": {"source": "images"}}, ["config.data.path is empty"]),
+        ({"data": {"path": "/somewhere"}}, ["embedded"]),
+        ({"process": {"log_snr_min": 5.0, "log_snr_max": 1.0}}, ["log_snr_min (5.0)"]),
+    ],
+)
+def test_impossible_choices_are_refused(groups, words):
+    text = message(**groups)
+    for word in words:
+        assert word in text
+
+
+def test_images_that_the_network_cannot_halve_are_refused():
+    settings = resolve(changed(model={"multipliers": (1, 2, 2, 2)}))
+    with pytest.raises(ConfigError, match="multiples of 8"):
+        chain.check_data(settings, chain.DataFacts((12, 12, 1), 10))
+    chain.check_data(settings, chain.DataFacts((16, 16, 1), 10))
+
+
+def test_a_plan_is_the_teacher_the_guided_student_and_the_rounds_in_order():
+    settings = changed(
+        guided={"num_updates": 7}, progressive={"num_updates": 5, "final_num_updates": 9, "start_steps": 16}
+    )
+    stages = chain.plan(resolve(settings))
+    assert [(stage.name, stage.teacher, stage.num_steps, stage.num_updates) for stage in stages] == [
+        ("teacher", "", 0, 10),
+        ("guided", "teacher", 0, 7),
+        ("round_00_steps_0008", "guided", 8, 5),
+        ("round_01_steps_0004", "round_00_steps_0008", 4, 5),
+        ("round_02_steps_0002", "round_01_steps_0004", 2, 9),
+        ("round_03_steps_0001", "round_02_steps_0002", 1, 9),
+    ]
+    assert [stage.conditioned_on_guidance for stage in stages] == [False] + [True] * 5
+
+
+def test_a_plan_without_guidance_halves_the_teacher_itself():
+    settings = changed(guided={"num_updates": 0}, progressive={"num_updates": 5, "start_steps": 8, "end_steps": 2})
+    stages = chain.plan(resolve(settings))
+    assert [(stage.name, stage.teacher) for stage in stages] == [
+        ("teacher", ""),
+        ("round_00_steps_0004", "teacher"),
+        ("round_01_steps_0002", "round_00_steps_0004"),
+    ]
+    assert not any(stage.conditioned_on_guidance for stage in stages)
+
+
+ROWS = {
+    "digits": ["", "smoke"],
+    "fashion_mnist": ["", "smoke"],
+    "progressive": ["cifar10", "imagenet64", "lsun128", "cifar10-smoke", "imagenet64-smoke", "lsun128-smoke"],
+    "guided": ["cifar10", "imagenet64", "cifar10-smoke", "imagenet64-smoke"],
+}
+
+
+@pytest.mark.parametrize(("file", "row"), [(file, row) for file, rows in ROWS.items() for row in rows])
+def test_every_config_resolves_and_says_how_to_start_it(file, row):
+    module = importlib.import_module(f"configs.{file}")
+    settings = module.get_config(row) if row else module.get_config()
+    if settings.data.source != "digits":
+        settings.data.path = settings.data.path or "/data"
+    resolved = resolve(settings)
+    assert chain.plan(resolved)
+    assert "python main.py" in (module.__doc__ or "")
+    if row.endswith("smoke"):
+        assert sum(stage.num_updates for stage in chain.plan(resolved)) < 100
+
+
+@pytest.mark.parametrize("file", ROWS)
+def test_an_unknown_row_is_refused_with_the_known_ones(file):
+    module = importlib.import_module(f"configs.{file}")
+    with pytest.raises(ValueError, match="smoke"):
+        module.get_config("cifar1000")
+
+
+PUBLISHED = {  # spec 01 and 02: (parameters in millions, output, first teacher's steps, rounds)
+    ("progressive", "cifar10"): (60.0, (32, 32, 3), 0, 13),
+    ("progressive", "imagenet64"): (295.9, (64, 64, 3), 1000, 10),
+    ("progressive", "lsun128"): (139.6, (128, 128, 3), 0, 10),
+}
+
+
+@pytest.mark.parametrize(("file", "row"), PUBLISHED)
+def test_published_rows_have_the_published_sizes_and_chains(file, row):
+    millions, shape, classes, rounds = PUBLISHED[file, row]
+    settings = importlib.import_module(f"configs.{file}").get_config(row)
+    settings.data.path = "/data"
+    resolved = resolve(settings)
+    stages = chain.plan(resolved)
+    parameters = chain.denoiser_of(resolved, stages[0], chain.DataFacts(shape, classes)).num_parameters()
+    assert round(parameters / 1e6, 1) == millions
+    assert len(stages) == 1 + rounds
+    assert [stage.num_updates for stage in stages[-3:]] == [50_000, 100_000, 100_000]
+
+
+def test_differences_between_configs_name_the_field():
+    one, other = config.to_dict(resolve(changed())), config.to_dict(resolve(changed(teacher={"batch_size": 7})))
+    assert config.differences(one, other) == ["config.teacher.batch_size: 128 -> 7"]
+    assert config.differences(one, one) == []
