@@ -2,7 +2,6 @@
 
 from diffdistill.data.contract import DataError, Example, Source, array_source
 from diffdistill.data.pipeline import Batch, Batches, gather, in_memory
-from diffdistill.data.prepare import prepare
 from diffdistill.data.sources import open_source
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
     "gather",
     "in_memory",
     "open_source",
-    "prepare",
 ]

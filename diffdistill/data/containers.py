@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -25,7 +26,7 @@ from diffdistill.data.contract import DataError, existing
 
 MEMORY_LIMIT = 512 * 2**20
 
-_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_COMPRESSED: dict[bytes, Callable[..., object]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def open_container(path: str | Path, unpack_to: Path | None = None) -> Container
             return _zip(path)
         for magic, opener in _COMPRESSED.items():
             if start.startswith(magic):
-                return _compressed_tar(path, lambda opener=opener: cast(BinaryIO, opener(path, "rb")), unpack_to)
+                return _compressed_tar(path, partial(_uncompressed, opener, path), unpack_to)
         if tarfile.is_tarfile(path):
             return _tar(path, path)
     raise DataError(f"{path} is neither a folder nor a zip file nor a tar file (plain, gz, bz2 or xz)")
@@ -134,13 +135,20 @@ def _zip(path: Path) -> Container:
     return _container(path, sizes, folders, opener)
 
 
+def _uncompressed(opener: Callable[..., object], path: Path) -> BinaryIO:
+    return cast(BinaryIO, opener(path, "rb"))
+
+
 def _compressed_tar(path: Path, opener: Callable[[], BinaryIO], unpack_to: Path | None) -> Container:
     if unpack_to is not None:
         if not unpack_to.exists():
             part = unpack_to.with_name(unpack_to.name + ".part")
-            with opener() as file, part.open("wb") as plain:
-                shutil.copyfileobj(file, plain, 2**20)
-            part.replace(unpack_to)
+            try:
+                with opener() as file, part.open("wb") as plain:
+                    shutil.copyfileobj(file, plain, 2**20)
+                part.replace(unpack_to)
+            finally:
+                part.unlink(missing_ok=True)  # after a full disk, give the space back
         return _tar(path, unpack_to)
     with opener() as file:
         content = file.read(MEMORY_LIMIT + 1)

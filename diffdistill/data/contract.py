@@ -112,11 +112,11 @@ def array_source(
             f"for the {len(class_names)} classes"
         )
     images = np.ascontiguousarray(images)
-    labels = labels.astype(np.int32)
+    classes = labels.astype(np.int32)
 
     def digest() -> str:
         content = hashlib.sha256(images.data)
-        content.update(labels.astype("<i4").data)
+        content.update(classes.astype("<i4").data)
         return content.hexdigest()
 
     return Source(
@@ -124,8 +124,8 @@ def array_source(
         image_shape=(images.shape[1], images.shape[2], images.shape[3]),
         class_names=class_names,
         length=len(images),
-        read=lambda index: (images[index], int(labels[index])),
+        read=lambda index: (images[index], int(classes[index])),
         digest=digest,
         images=images,
-        labels=labels,
+        labels=classes,
     )

@@ -77,10 +77,12 @@ def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     if content[:4] != magic:
         raise DataError(f"{file} begins with {content[:4].hex(' ')}, expected {magic.hex(' ')}: not such an IDX file")
     header = 4 + 4 * dimensions
-    shape = struct.unpack_from(f">{dimensions}I", content, 4) if len(content) >= header else ()
+    if len(content) < header:
+        raise DataError(f"{file} ends inside its header ({len(content)} bytes): truncated; fetch it again")
+    shape = struct.unpack_from(f">{dimensions}I", content, 4)
     expected = header + int(np.prod(shape, dtype=np.int64))
-    if not shape or len(content) != expected:
+    if len(content) != expected:
         raise DataError(
-            f"{file} holds {len(content)} bytes, its header says {expected}; it is truncated: fetch it again"
+            f"{file} holds {len(content)} bytes, its header says {expected}; truncated or not this file; fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from diffdistill.data.contract import DataError, Source
 from diffdistill.data.parallel import for_each
@@ -30,6 +30,8 @@ _COLOUR = ("P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 def _opened(file: BinaryIO, title: str) -> Image.Image:
     try:
         image = Image.open(file)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{title} is no image, or its beginning is damaged; replace or remove the file") from error
     except Exception as error:  # decoders raise a dozen types on damaged files
         raise DataError(f"{title} is not a readable image ({error}); replace or remove the file") from error
     if image.mode not in (*_GREY, *_ALPHA, *_COLOUR):
@@ -80,7 +82,9 @@ def _fitted(image: Image.Image, image_size: int | None) -> NDArray[np.uint8]:
     if image_size is not None and image.size != (image_size, image_size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+        # Two steps: the box argument of resize would let the filter look at pixels outside the square.
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((image_size, image_size), Image.Resampling.LANCZOS)
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

@@ -92,17 +92,15 @@ def _write_split(
     )
     if not _agreed(metadata, folder):
         return
-    with tqdm(total=metadata.count, desc=f"preparing {name}:{split}", unit="image", disable=None) as bar:
-        for number in range(metadata.num_shards):
-            rows, shard = metadata.rows(number), folder / metadata.shard(number)
-            if shard.exists():
-                bar.initial += len(rows)  # so that the rate counts what this run has done
-                bar.update(0)
-                bar.n += len(rows)
-                continue
-            write_shard(shard, _counted(_examples(source, rows), bar.update))
+    waiting = [number for number in range(metadata.num_shards) if not (folder / metadata.shard(number)).exists()]
+    finished = metadata.count - sum(len(metadata.rows(number)) for number in waiting)
+    label = f"preparing {name}:{split}"
+    with tqdm(total=metadata.count, initial=finished, desc=label, unit="image", disable=None) as bar:
+        for number in waiting:
+            rows = metadata.rows(number)
+            write_shard(folder / metadata.shard(number), _counted(_examples(source, rows), bar.update))
             if log is not None:
-                log(f"preparing {name}:{split}: {rows.stop} of {metadata.count} images")
+                log(f"{label}: {rows.stop} of {metadata.count} images")
     _publish_text(metadata.to_json(), folder / METADATA)
     (folder / _PLAN).unlink(missing_ok=True)
 
@@ -121,7 +119,7 @@ def _agreed(metadata: Metadata, folder: Path) -> bool:
             if not unfinished:
                 (folder / _PLAN).unlink(missing_ok=True)
             return unfinished or any(not (folder / metadata.shard(n)).exists() for n in range(metadata.num_shards))
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(file.name != f"{_PLAN}.part" for file in folder.iterdir()):  # .part: killed right here
         raise DataError(f"{folder} holds files that are not ours; choose an empty destination")
     folder.mkdir(exist_ok=True)
     _publish_text(metadata.to_json(), folder / _PLAN)

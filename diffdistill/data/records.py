@@ -10,7 +10,7 @@ last, so its presence means that the split is complete:
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -74,16 +74,20 @@ def read_metadata(file: Path) -> Metadata:
 
 
 def write_shard(file: Path, images: Iterable[tuple[NDArray[np.uint8], int]]) -> None:
-    """Writes one shard; the file appears under its name only when it is complete and on disk."""
+    """Writes one shard; the file appears under its name only when it is complete and on disk. Raises OSError."""
     # by name, because compiled modules without stubs are unknown to type checkers
     array_record_module = import_module("array_record.python.array_record_module")
     part = file.with_name(file.name + ".part")
-    writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
     try:
-        for image, label in images:
-            writer.write(label.to_bytes(_LABEL_BYTES, "little", signed=True) + image.tobytes())
-    finally:
-        writer.close()
+        writer = array_record_module.ArrayRecordWriter(str(part), "group_size:1,uncompressed")
+        try:
+            for image, label in images:
+                writer.write(label.to_bytes(_LABEL_BYTES, "little", signed=True) + image.tobytes())
+        finally:
+            writer.close()
+    except RuntimeError as error:  # how the writer reports a full disk
+        part.unlink(missing_ok=True)
+        raise OSError(str(error)) from error
     publish(part, file)
 
 
@@ -127,13 +131,19 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
         raise DataError(f"{folder / split} holds {len(records)} images, {file} says {metadata.count}; prepare it again")
     shape = metadata.image_shape
 
+    def stored(indices: list[int]) -> Sequence[bytes]:
+        try:
+            return records.__getitems__(indices) if len(indices) > 1 else [records[indices[0]]]
+        except RuntimeError as error:
+            raise DataError(f"{folder / split} holds a damaged shard ({error}); prepare it again") from error
+
     def read(index: int) -> tuple[NDArray[np.uint8], int]:
-        record = records[index]
+        (record,) = stored([index])
         label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
         return np.frombuffer(record, np.uint8, offset=_LABEL_BYTES).reshape(shape), label
 
     def read_many(indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        rows = np.frombuffer(b"".join(records.__getitems__(indices.tolist())), np.uint8).reshape(len(indices), -1)
+        rows = np.frombuffer(b"".join(stored(indices.tolist())), np.uint8).reshape(len(indices), -1)
         labels = np.ascontiguousarray(rows[:, :_LABEL_BYTES]).view("<i4")[:, 0].astype(np.int32)
         return rows[:, _LABEL_BYTES:].reshape(-1, *shape), labels
 

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets, read without TensorFlow: ArrayRecord data sources with an `image` and perhaps a `label`.
+"""TensorFlow Datasets, read without TensorFlow: ArrayRecord data sources with an `image` and perhaps a class `label`.
 
 Whoever prepares a dataset must ask for `file_format="array_record"`; the default format has no random access.
 """
@@ -6,14 +6,12 @@ Whoever prepares a dataset must ask for `file_format="array_record"`; the defaul
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
-
 from diffdistill.data.contract import DataError, Source
-from diffdistill.data.pixels import encoded_source, fitted
+from diffdistill.data.pixels import encoded_source
 
 _WITHOUT_CLASSES = ("all",)
 
@@ -32,21 +30,23 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
     """
     import tensorflow_datasets as tfds
 
-    if (Path(path).expanduser() / "dataset_info.json").exists():
-        builder = _tried(lambda: tfds.builder_from_directory(Path(path).expanduser()), path)
+    folder = Path(path).expanduser()
+    data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself looks at it only while it is imported
+    if (folder / "dataset_info.json").exists():
+        builder = _tried(lambda: tfds.builder_from_directory(folder), path)
     else:
-        builder = _tried(lambda: tfds.builder(path, file_format="array_record", try_gcs=False), path)
-    features: Any = builder.info.features
-    if "image" not in (features or {}):
-        raise DataError(f"TFDS dataset {path} has no feature named 'image', only {', '.join(features or ['nothing'])}")
+        builder = _tried(lambda: tfds.builder(path, data_dir=data_dir, file_format="array_record", try_gcs=False), path)
+    features = dict(builder.info.features or {})
+    if "image" not in features:
+        raise DataError(f"TFDS dataset {path} has no feature named 'image', only {', '.join(features) or 'none'}")
     if not builder.info.splits:
         raise DataError(f"TFDS dataset {path} is not prepared under {builder.data_dir}. {_how_to_prepare(path)}")
     if split.split("[")[0] not in builder.info.splits:
         raise DataError(f"TFDS dataset {path} has no split {split!r}; it has {', '.join(builder.info.splits)}")
     undecoded = {"image": tfds.decode.SkipDecoding()}
     examples: Any = _tried(lambda: builder.as_data_source(split=split, decoders=undecoded), path)
-    label = features.get("label")
-    class_names = tuple(label.names) if label is not None else _WITHOUT_CLASSES
+    labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
+    class_names = tuple(features["label"].names) if labelled else _WITHOUT_CLASSES
     name = f"{builder.info.full_name}:{split}"
     facts = [name, len(examples), [builder.info.splits[s].shard_lengths for s in sorted(builder.info.splits)]]
 
@@ -54,18 +54,13 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def label_of(example: dict[str, Any]) -> int:
-        return 0 if label is None else int(example["label"])
+        label = int(example["label"]) if labelled else 0
+        if not 0 <= label < len(class_names):
+            raise DataError(f"{name} has an image of label {label}: this split is not labelled; choose another one")
+        return label
 
     if len(examples) == 0:
         raise DataError(f"TFDS dataset {path} has no examples in {split!r}")
-    if isinstance(examples[0]["image"], np.ndarray):  # tfds.testing.mock_data ignores decoders
-
-        def read(index: int) -> tuple[NDArray[np.uint8], int]:
-            example = examples[index]
-            return example["image"], label_of(example)
-
-        shape = examples[0]["image"].shape
-        return fitted(Source(name, shape, class_names, len(examples), read, digest), image_size, channels)
 
     def fetch(index: int) -> tuple[BinaryIO, int]:
         example = examples[index]

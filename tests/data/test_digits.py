@@ -13,8 +13,10 @@ def test_digits_are_what_they_were():
     source = open_source(source="digits")
     everything = gather(source, range(len(source)))
     images, labels = everything["image"], everything["label"]
-    assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
-    assert source.image_shape == (8, 8, 1) and source.num_classes == 10
+    assert images.shape == (1797, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert source.image_shape == (8, 8, 1)
+    assert source.num_classes == 10
     assert source.class_names == tuple("0123456789")
     assert hashlib.sha256(images.tobytes() + labels.astype("<i4").tobytes()).hexdigest() == CONTENT
     try:
@@ -29,5 +31,7 @@ def test_digits_are_what_they_were():
 def test_examples_by_number():
     source = open_source()
     example = source[3]
-    assert example["image"].shape == (8, 8, 1) and example["label"] == 3
-    assert len(source) == 1797 and source.fingerprint() == open_source().fingerprint()
+    assert example["image"].shape == (8, 8, 1)
+    assert example["label"] == 3
+    assert len(source) == 1797
+    assert source.fingerprint() == open_source().fingerprint()
