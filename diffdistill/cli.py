@@ -29,7 +29,8 @@ def define_flags() -> None:
         "run",
         list(MODES),
         "run: train every stage, evaluate, report. train: stages only. evaluate: measure finished stages and report. "
-        "plan: show what a run would do. sample: images from a stage. prepare: images -> ArrayRecord.",
+        "plan: show what a run would do. sample: images from a stage. prepare: images -> ArrayRecord "
+        "(--config.data.image_size and --config.data.channels convert).",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -190,7 +191,18 @@ def _prepare(interrupt: Any) -> None:
         _fail(
             "--mode=prepare needs --source=PATH (what to read) and --destination=FOLDER (where to write).", EXIT_USAGE
         )
-    prepare(FLAGS.source, FLAGS.destination)
+    data = _config().data
+    written = prepare(
+        FLAGS.source,
+        FLAGS.destination,
+        image_size=data.image_size or None,
+        channels=data.channels or None,
+        log=None if sys.stderr.isatty() else _say,
+    )
+    for split, source in written.items():
+        size = "x".join(str(side) for side in source.image_shape)
+        _say(f"{split}: {len(source)} images {size}, {source.num_classes} classes in {FLAGS.destination}")
+    _say(f"Train on it with --config.data.source=array_record --config.data.path={FLAGS.destination}")
 
 
 MODES: dict[str, Callable[[Any], None]] = {
