@@ -150,6 +150,8 @@ def _evaluate(interrupt: Any) -> None:
 
     config = _config()
     folder = workdir.read(_workdir(config))
+    if any(argument.startswith(("--config", "-config")) for argument in sys.argv):
+        folder = folder.measured_as(config)
     source, _ = runner.open_data(folder.config)
     evaluate.evaluate(folder, in_memory(source), interrupt, say=_say)
     table, page = write_report(folder)

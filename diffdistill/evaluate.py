@@ -7,6 +7,7 @@ models of one data set with each other and are not FID.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ def evaluate(folder: Workdir, source: Source, interrupt: Interrupt, say: Callabl
     stages = tuple(runner.finished(folder))
     if not folder.config.evaluation.num_samples or not stages:
         return
+    if source.num_classes < 2:
+        say(f"evaluation: left out, since domain features need classes and {source.name} has {source.num_classes}")
+        return
     network, data_moments = _feature_network(folder, source, say)
     todo = list(measurements(folder, stages))
     done = results.finished(results.read(folder.path / RESULTS))
@@ -86,33 +90,44 @@ def evaluate(folder: Workdir, source: Source, interrupt: Interrupt, say: Callabl
     generators: dict[str, tuple[Generator, str]] = {}
     reference: dict[float, tuple[np.ndarray, metrics.Moments]] = {}
     try:
+        wanted = {item: _unmeasured(folder, item, generators, done) for item in todo}
+        open_items = {item for item in todo if wanted[item] or not _grid_of(folder, item).exists()}
+        # The teacher's samples at its full number of steps are needed for whatever else is missing at the same w.
+        open_items |= {item for item in todo if item.is_reference and item.w in {other.w for other in open_items}}
         for item in todo:
             if interrupt.requested:
-                raise EvaluationInterrupted(interrupt.reason)
+                raise EvaluationInterrupted(
+                    f"Evaluation stopped by {interrupt.reason}; what was measured is kept. "
+                    "Start the same command again to continue."
+                )
             bar.show(item)
-            if item.stage.name not in generators:
-                generator = load_stage(folder, item.stage)
-                generators[item.stage.name] = (generator, params_hash(generator.params))
-            generator, digest = generators[item.stage.name]
-            names = METRICS[:1] + METRICS[3:] if item.is_reference else METRICS
-            wanted = [name for name in names if _key(folder, generator, item, name, digest) not in done]
-            grid = grid_path(folder, item.stage.name, item.num_steps, item.w)
-            if wanted or not grid.exists() or item.is_reference:
-                _measure(folder, network, data_moments, item, generator, digest, wanted, reference)
+            if item in open_items:
+                _measure(folder, network, data_moments, item, *generators[item.stage.name], wanted[item], reference)
             bar.advance()
     finally:
         bar.close()
 
 
-def grid_path(folder: Workdir, stage: str, num_steps: int, w: float) -> Path:
+def _unmeasured(
+    folder: Workdir, item: Measurement, generators: dict[str, tuple[Generator, str]], done: set[results.Key]
+) -> list[str]:
+    """The metrics of one measurement that no earlier evaluation of these parameters has written."""
+    if item.stage.name not in generators:
+        generator = load_stage(folder, item.stage)
+        generators[item.stage.name] = (generator, params_hash(generator.params))
+    generator, digest = generators[item.stage.name]
+    # The reference itself has no distance to itself.
+    names = ("frechet_to_data", "class_accuracy") if item.is_reference else METRICS
+    return [name for name in names if _key(folder, generator, item, name, digest) not in done]
+
+
+def _grid_of(folder: Workdir, item: Measurement) -> Path:
     """Where the grid of samples of one measurement lies."""
-    return folder.path / "grids" / f"w{w:g}" / f"{stage}_sampled_{num_steps:04d}.png"
+    return folder.path / "grids" / f"w{item.w:g}" / f"{item.stage.name}_sampled_{item.num_steps:04d}.png"
 
 
 def params_hash(params: Any) -> str:
     """12 hexadecimal digits that change with any parameter."""
-    import hashlib
-
     content = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         content.update(jax.tree_util.keystr(path).encode())
@@ -205,7 +220,7 @@ def _measure(
     if not meshes.is_main():
         return
     save_grid(
-        grid_path(folder, item.stage.name, item.num_steps, item.w),
+        _grid_of(folder, item),
         samples,
         generator.denoiser.num_classes,
         config.evaluation.grid_columns,

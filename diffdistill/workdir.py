@@ -37,6 +37,11 @@ class Workdir:
         """Folder of a stage."""
         return self.path / name
 
+    def measured_as(self, config: Config) -> Workdir:
+        """The same run, sampled and evaluated as another config says."""
+        changed = dataclasses.replace(self.config, evaluation=config.evaluation, sampling=config.sampling)
+        return dataclasses.replace(self, config=changed)
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole: a kill leaves the old one or the new one."""
