@@ -32,10 +32,11 @@ def summary(run: runner.Run) -> str:
 
 
 def describe(config: Config) -> str:
-    """The resolved config and a table of the stages with their parameters, FLOPs and memory. Trains nothing."""
+    """The resolved config, every tensor, and the stages with their parameters, FLOPs and memory. Trains nothing."""
     source, facts = runner.open_data(config)
     stages = chain.plan(config)
     lines = [json.dumps(configs.to_dict(config), indent=2), ""]
+    lines += [f"parameters of {stages[-1].name}:", _tensors(config, stages[-1], facts), ""]
     lines.append(f"data: {source.name}, {len(source)} images {facts.image_shape}, {facts.num_classes} classes")
     lines.append(f"devices here: {meshes.describe(meshes.make_mesh())}")
     lines.append("")
@@ -67,6 +68,14 @@ def describe(config: Config) -> str:
         "whole batch, which is shared among the devices; an upper bound, since the compiler fuses."
     )
     return "\n".join(lines)
+
+
+def _tensors(config: Config, stage: Stage, facts: DataFacts) -> str:
+    """Every tensor of a stage's network with its shape."""
+    from clu import parameter_overview
+
+    shapes = jax.eval_shape(chain.denoiser_of(config, stage, facts).init, jax.random.key(0))
+    return parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=None)
 
 
 def flops_per_update(config: Config, stage: Stage, facts: DataFacts) -> float:

@@ -1,4 +1,4 @@
-"""Mean over several runs (seeds) of what their evaluations measured, as a Markdown table, and the bars of the quick start.
+"""Mean over several runs (seeds) of what their evaluations measured, as a Markdown table, and the quick start's bars.
 
     python results/mean_of_runs.py runs/digits_seed0 runs/digits_seed1 runs/digits_seed2
 
