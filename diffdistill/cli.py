@@ -7,7 +7,9 @@ Exit codes: 0 done; 1 the run failed (data, disk, checkpoint); 2 wrong usage or 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -71,16 +73,85 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="orbax|flax|tensorflow_datasets|grain")
 
 
+# What a config file may raise while it is read. Errors of its files reach us when the config is first looked at.
+_CONFIG_FILE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+_OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
+_BAD_VALUE = re.compile(r"flag --(?P<name>[^=]+)=(?P<value>.*?): (?P<why>.*)", re.DOTALL)
+
+
 def _parse(arguments: list[str]) -> list[str]:
+    """Parses the flags; whatever is wrong with them or with the config file ends here."""
     try:
-        return FLAGS(arguments)
+        for argument in arguments[1:]:
+            if override := _OVERRIDE.fullmatch(argument):
+                _expected(override[1])
+        rest = FLAGS(arguments)
+        getattr(FLAGS.config, "to_dict", None)
+        return rest
     except flags.Error as error:
-        _fail(f"{error}", EXIT_USAGE)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(f"Config: {_clean(error)}", EXIT_USAGE)
-    except (OSError, ImportError) as error:
-        _fail(f"Config: {_clean(error)} (--config takes a Python file, such as configs/digits.py).", EXIT_USAGE)
+        _fail(_explain_flag(str(error)), EXIT_USAGE)
+    except OSError as error:
+        why = str(error).rpartition("] ")[2]
+        _fail(
+            f"The config file cannot be read: {why}. --config takes a Python file with a function get_config, such as "
+            "configs/digits.py, and optionally a row, as in configs/guided.py:cifar10.",
+            EXIT_USAGE,
+        )
+    except _CONFIG_FILE_ERRORS as error:
+        _fail(_explain_config(error), EXIT_USAGE)
     raise AssertionError("unreachable")
+
+
+def _expected(path: str) -> str:
+    from diffdistill.config import expected
+
+    return expected(path)
+
+
+def _explain_flag(text: str) -> str:
+    """One sentence for a flag that cannot be parsed."""
+    bad = _BAD_VALUE.fullmatch(text)
+    if bad is None:
+        return text
+    if "Traceback (most recent call last)" in text:  # of a config file, where ml_collections hands it on as a whole
+        kind, _, why = text.strip().splitlines()[-1].partition(": ")
+        return f"--{bad['name']}={bad['value']}: {why if kind == 'ValueError' else f'{kind}: {why}'}"
+    why = bad["why"]
+    if bad["name"].startswith("config."):
+        why = f"must be {_expected(bad['name'].removeprefix('config.'))}."
+    elif why.startswith("invalid literal for int()"):
+        why = "must be a whole number."
+    elif why.startswith("could not convert string to float"):
+        why = "must be a number."
+    return f"--{bad['name']}={bad['value']}: {why}"
+
+
+def _explain_config(error: Exception) -> str:
+    """One sentence for what a config file raised, with the line of the file."""
+    from diffdistill.config import ConfigError
+
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    if isinstance(error, ConfigError):
+        return text
+    place = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == __file__:
+            break
+        if not re.search(r"[/\\](ml_collections|absl)[/\\]|^<", frame.filename):
+            place = f" ({frame.filename}, line {frame.lineno})"
+            break
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}, line {error.lineno})"
+    return f"The config file does not work: {type(error).__name__}: {text}{place}."
 
 
 def _main(arguments: list[str]) -> None:
@@ -116,7 +187,12 @@ def _main(arguments: list[str]) -> None:
         except (DataError, WorkdirError, TrainingError, ValueError) as error:
             _fail(str(error), EXIT_FAILED)
         except OSError as error:
-            _fail(f"{error}. Checkpoints that were complete before are intact.", EXIT_FAILED)
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(
+                f"{where}{error.strerror or error}. What was saved before is intact; put it right and start the same "
+                "command again.",
+                EXIT_FAILED,
+            )
 
 
 def _config() -> Any:
@@ -170,7 +246,7 @@ def _sample(interrupt: Any) -> None:
     del interrupt
     from diffdistill import sample
 
-    path = FLAGS.workdir or _workdir(_config())
+    path = _workdir(FLAGS.config)  # the run says all else itself
     sample.to_files(
         Path(path) / FLAGS.stage if FLAGS.stage else Path(path),
         out=FLAGS.out,
@@ -231,8 +307,3 @@ def _stop(text: str) -> None:
 def _fail(text: str, code: int) -> None:
     print(f"Error: {text}", file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def _clean(error: BaseException) -> str:
-    text = str(error.args[0]) if error.args else str(error)
-    return " ".join(text.split())

@@ -191,6 +191,20 @@ def resolve(settings: Any) -> Config:
     return config
 
 
+def expected(path: str) -> str:
+    """What a field holds, in words: expected("teacher.batch_size") is "a whole number".
+
+    Raises:
+      ConfigError: there is no such field.
+    """
+    kind, where = Config, "config"
+    for name in path.split("."):
+        if not dataclasses.is_dataclass(kind):
+            raise ConfigError(f"config.{path} is not a field: {where} is {_expected(kind)}.")
+        kind, where = _kind(kind, name.partition("[")[0], where), f"{where}.{name}"
+    return _expected(kind)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values that json can write."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -221,53 +235,56 @@ def _nearest(name: str, known: list[str]) -> str:
 def _build(cls: Any, settings: Any, where: str) -> Any:
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{where} is {settings!r}, but must be a group of fields: {', '.join(_names(cls))}.")
-    hints = get_type_hints(cls)
-    for name in settings:
-        if name not in hints:
-            raise ConfigError(
-                f"{where}.{name} is not a field.{_nearest(str(name), _names(cls))} "
-                f"The fields of {where} are: {', '.join(_names(cls))}."
-            )
     values = {}
     for name, value in settings.items():
-        kind = hints[name]
+        kind = _kind(cls, str(name), where)
         inner = f"{where}.{name}"
         values[name] = (_build if dataclasses.is_dataclass(kind) else _leaf)(kind, value, inner)
     return cls(**values)
+
+
+def _kind(cls: Any, name: str, where: str) -> Any:
+    hints = get_type_hints(cls)
+    if name not in hints:
+        raise ConfigError(
+            f"{where}.{name} is not a field.{_nearest(name, _names(cls))} "
+            f"The fields of {where} are: {', '.join(_names(cls))}."
+        )
+    return hints[name]
 
 
 def _names(cls: Any) -> list[str]:
     return [item.name for item in dataclasses.fields(cls)]
 
 
-def _leaf(kind: Any, value: Any, where: str) -> Any:
-    def wrong(expected: str) -> ConfigError:
-        return ConfigError(f"{where} is {value!r} ({type(value).__name__}), but must be {expected}.")
+_EXPECTED = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple[int, ...]: "a list of whole numbers, such as (1, 2)",
+    tuple[float, ...]: "a list of numbers, such as (1, 2)",
+}
 
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise wrong("True or False")
-        return value
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise wrong("a whole number")
-        return value
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong("a number")
-        return float(value)
+
+def _expected(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        return f"a group of fields: {', '.join(_names(kind))}"
+    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else _EXPECTED[kind]
+
+
+def _leaf(kind: Any, value: Any, where: str) -> Any:
+    if kind in (tuple[int, ...], tuple[float, ...]) and isinstance(value, tuple | list):
+        return tuple(_leaf(get_args(kind)[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise wrong(f"one of {', '.join(get_args(kind))}")
-        return value
-    if kind is str:
-        if not isinstance(value, str):
-            raise wrong("text")
-        return value
-    item = int if kind == tuple[int, ...] else float
-    if not isinstance(value, tuple | list):
-        raise wrong(f"a list of {'whole ' if item is int else ''}numbers, such as (1, 2)")
-    return tuple(_leaf(item, entry, f"{where}[{index}]") for index, entry in enumerate(value))
+        fits = value in get_args(kind)
+    elif kind in (int, float):
+        fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    else:
+        fits = kind in (bool, str) and isinstance(value, kind)
+    if not fits:
+        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}), but must be {_expected(kind)}.")
+    return float(value) if kind is float else value
 
 
 def _check(config: Config) -> None:

@@ -7,6 +7,7 @@ the same picture in a batch of one or of fifty thousand, on one device or on eig
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Generator:
         num: int = 1,
         *,
         seed: int = 0,
-        labels: Sequence[int] | np.ndarray | None = None,
+        labels: Sequence[int | str] | np.ndarray | None = None,
         w: float = 0.0,
         num_steps: int | None = None,
         sampler: str | None = None,
@@ -81,8 +82,8 @@ class Generator:
         Args:
           num: how many, 1 or more.
           seed: number of the first image.
-          labels: (num,) classes, or fewer, which are then repeated in turn; by default class seed modulo the
-            number of classes.
+          labels: (num,) classes by number or name, or fewer, which are then repeated in turn; by default class seed
+            modulo the number of classes.
           w: guidance weight, (1 + w) conditional - w unconditional; 0 is no guidance.
           num_steps: steps of the sampler; by default those that the stage was trained for.
           sampler: a name of samplers.SAMPLERS.
@@ -90,12 +91,12 @@ class Generator:
           progress: called with the number of images done so far.
 
         Raises:
-          SampleError: labels, latents, w or num_steps that do not suit the model.
+          SampleError: labels, latents, w, num_steps or a sampler that do not suit the model.
         """
         num_steps = self.num_steps if num_steps is None else num_steps
         sampler = self.sampler if sampler is None else sampler
-        self._check(num, seed, w, num_steps, latents)
-        seeds = np.arange(seed, seed + num)
+        self._check(num, seed, w, num_steps, sampler, latents)
+        seeds = np.arange(seed, seed + num, dtype=np.int32)
         chosen = self._labels(seeds, labels)
         run = self._compiled(sampler, two_branches=self.guidance_range is None and w != 0.0)
         mesh = meshes.make_mesh()
@@ -104,25 +105,32 @@ class Generator:
         for first in range(0, num, chunk):
             rows = np.minimum(np.arange(first, first + chunk), num - 1)  # the last chunk is filled with its last image
             noise = None if latents is None else np.asarray(latents, np.float32)[rows]
-            pixels = run(self.params, seeds[rows], chosen[rows], np.float32(w), np.int32(num_steps), noise)
+            inputs = jax.tree.map(functools.partial(meshes.shard_rows, mesh), (seeds[rows], chosen[rows], noise))
+            pixels = run(self.params, *inputs, np.float32(w), np.int32(num_steps))
             kept = min(chunk, num - first)
             pictures[first : first + kept] = np.asarray(pixels)[:kept]
             progress(first + kept)
         branches = 2 if self.guidance_range is None and w != 0.0 else 1
         return Samples(pictures, chosen, seeds, num_steps * branches)
 
-    def _check(self, num: int, seed: int, w: float, num_steps: int, latents: np.ndarray | None) -> None:
+    def _check(self, num: int, seed: int, w: float, num_steps: int, sampler: str, latents: np.ndarray | None) -> None:
         if num < 1:
             raise SampleError(f"{num} images were asked for; give a number of at least 1.")
         if not 0 <= seed <= 2**31 - num:
-            raise SampleError(f"seed {seed} with {num} images; seeds run from 0 to {2**31 - 1}.")
+            raise SampleError(f"{num} images were asked for from seed {seed} on; seeds run from 0 to {2**31 - 1}.")
         if num_steps < 1:
             raise SampleError(f"num_steps is {num_steps}; give a number of at least 1.")
+        if sampler not in samplers.SAMPLERS:
+            raise SampleError(f"sampler is {sampler!r}; known are {', '.join(samplers.SAMPLERS)}.")
+        if not math.isfinite(w):
+            raise SampleError(f"w is {w}; give a finite guidance weight (0 is no guidance).")
         if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
             raise SampleError(
                 f"the latents have shape {latents.shape}, but {num} images of stage {self.name} need "
                 f"{(num, *self.denoiser.image_shape)}."
             )
+        if latents is not None and not (np.issubdtype(latents.dtype, np.floating) and np.isfinite(latents).all()):
+            raise SampleError(f"the latents ({latents.dtype}) must be finite floating-point numbers.")
         if self.guidance_range is not None:
             low, high = self.guidance_range
             if not low <= w <= high:
@@ -133,16 +141,27 @@ class Generator:
         elif w != 0.0 and not self.denoiser.num_classes:
             raise SampleError(f"w is {w}, but stage {self.name} has no classes to guide towards; use w = 0.")
 
-    def _labels(self, seeds: np.ndarray, labels: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    def _labels(self, seeds: np.ndarray, labels: Sequence[int | str] | np.ndarray | None) -> np.ndarray:
         classes = self.denoiser.num_classes
         if labels is None:
             return (seeds % max(classes, 1)).astype(np.int32)
         if not classes:
             raise SampleError(f"labels were given, but stage {self.name} is unconditional; leave them out.")
-        given = np.asarray(labels, np.int64).ravel()
+        given = np.array([self._class(label) for label in labels], np.int64)
         if not given.size or given.min() < 0 or given.max() >= classes:
             raise SampleError(f"labels are {given.tolist()}, but stage {self.name} knows classes 0 to {classes - 1}.")
         return given[np.arange(len(seeds)) % given.size].astype(np.int32)
+
+    def _class(self, label: int | str) -> int:
+        if isinstance(label, str) and label in self.class_names:
+            return self.class_names.index(label)
+        if isinstance(label, int | np.integer) or (isinstance(label, str) and label.isdecimal()):
+            return int(label)
+        names = f" or one of {', '.join(self.class_names[:20])}" if self.class_names else ""
+        raise SampleError(
+            f"label {label!r} is no class of stage {self.name}: give a number from 0 to {self.denoiser.num_classes - 1}"
+            f"{names}{', ...' if len(self.class_names) > 20 else ''}."
+        )
 
     def _compiled(self, sampler: str, *, two_branches: bool) -> Callable[..., jax.Array]:
         return _compiled(
@@ -174,11 +193,11 @@ def _compiled(
 
     @functools.partial(
         jax.jit,
-        in_shardings=(everywhere, rows, rows, everywhere, everywhere, rows),
+        in_shardings=(everywhere, rows, rows, rows, everywhere, everywhere),
         out_shardings=everywhere,
     )
     def run(
-        params: Any, seeds: jax.Array, labels: jax.Array, w: jax.Array, num_steps: jax.Array, latents: jax.Array | None
+        params: Any, seeds: jax.Array, labels: jax.Array, latents: jax.Array | None, w: jax.Array, num_steps: jax.Array
     ) -> jax.Array:
         keys = jax.vmap(jax.random.key)(seeds)
         if latents is None:
@@ -266,20 +285,29 @@ def to_files(
     """Samples a stage and writes <out>/samples.png and <out>/samples.npz; the arguments are those of the command line.
 
     Raises:
-      SampleError: labels or latents that cannot be read, or anything that `Generator.sample` refuses.
+      SampleError: latents that cannot be read, or anything that `Generator.sample` refuses.
+      WorkdirError: a folder that cannot be written.
     """
     generator = load(path)
+    root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
+    folder = Path(out) if out else root / "samples"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise workdir.WorkdirError(
+            f"the folder {folder} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
+        ) from error
     samples = generator.sample(
         num,
         seed=seed,
-        labels=_read_labels(labels, generator) if labels else None,
+        labels=labels or None,
         w=w,
         num_steps=num_steps,
         sampler=sampler,
         latents=_read_latents(latents) if latents else None,
     )
-    root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
-    folder = Path(out) if out else root / "samples"
+    if not meshes.is_main():
+        return
     columns = min(num, 10) if num <= 100 else int(np.ceil(np.sqrt(num)))
     order = np.argsort(samples.labels, kind="stable")
     picture = images.grid(samples.images[order], -(-num // columns), columns)
@@ -291,18 +319,13 @@ def to_files(
     )
 
 
-def _read_labels(labels: Sequence[str], generator: Generator) -> list[int]:
-    names = {name: index for index, name in enumerate(generator.class_names)}
-    read = []
-    for label in labels:
-        if label not in names and not label.isdecimal():
-            raise SampleError(f"label {label!r} is no class. Classes: {', '.join(generator.class_names)}.")
-        read.append(names[label] if label in names else int(label))
-    return read
-
-
 def _read_latents(path: str) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise SampleError(f"--latents={path} is not a readable .npy file: {error}") from error
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise SampleError(f"--latents={path} cannot be read: {error.strerror}.") from error
+    except (ValueError, EOFError) as error:
+        raise SampleError(
+            f"--latents={path} is not an .npy file of numbers ({error}); write it with numpy.save."
+        ) from error

@@ -15,6 +15,7 @@ from typing import Any
 from diffdistill import config as configs
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
+from diffdistill.evaluation.files import write_atomically
 
 _PACKAGES = ("diffdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
@@ -41,13 +42,6 @@ class Workdir:
         """The same run, sampled and evaluated as another config says."""
         changed = dataclasses.replace(self.config, evaluation=config.evaluation, sampling=config.sampling)
         return dataclasses.replace(self, config=changed)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str, *, write: bool) -> Workdir:
@@ -84,11 +78,12 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
                 "command_line": sys.argv,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            write_atomically(file, json.dumps({**record, **about}, indent=2) + "\n")
+            text = json.dumps({**record, **about}, indent=2) + "\n"
+            write_atomically(file, lambda stream: stream.write(text.encode()))
         except OSError as error:
             raise WorkdirError(
                 f"The workdir {folder} cannot be written: {error.strerror or error}. "
-                "Choose another with --workdir=FOLDER."
+                "Make room or choose another with --workdir=FOLDER."
             ) from error
     return Workdir(folder, config, facts)
 

@@ -100,6 +100,11 @@ def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
 
 
+def shard_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """A global array, sharded along its first axis, out of all its rows, which every process holds."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+
 def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
     """`tree` on every device. Every process must hold equal values.
 
