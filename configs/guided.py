@@ -12,7 +12,9 @@ from typing import Any
 
 from diffdistill.config import default_config, smoke
 
-ROWS = ("cifar10", "imagenet64")
+# Height, width, channels and number of classes.
+IMAGES = {"cifar10": ((32, 32, 3), 10), "imagenet64": ((64, 64, 3), 1000)}
+ROWS = tuple(IMAGES)
 
 
 def get_config(row: str = "cifar10") -> Any:
@@ -24,10 +26,10 @@ def get_config(row: str = "cifar10") -> Any:
     config.name = f"guided-{row}"
     config.data.source = "array_record"
     config.data.flip = True
-    config.training.updates_per_call = 100
+    config.data.image_shape, config.data.num_classes = IMAGES[name]
     config.training.log_every = 1000
     config.training.save_every = 10_000
-    config.evaluation.num_samples = 0  # FID is computed by its own command; domain features are for small images
+    config.evaluation.num_samples = 0  # domain features are for small images
 
     model, teacher, guided, halving = config.model, config.teacher, config.guided, config.progressive
     model.prediction = "v"
@@ -53,6 +55,7 @@ def get_config(row: str = "cifar10") -> Any:
         model.head_dim, model.attention_resolutions = 64, (8, 16, 32)
         teacher.num_updates, teacher.batch_size, teacher.learning_rate = 550_000, 2048, 3e-4
         teacher.dropout = 0.1
+        config.training.updates_per_call = 2  # ten batches of 2048 would fill a device while they wait
         guided.num_updates, guided.batch_size, guided.learning_rate = 520_000, 2048, 3e-4
         halving.batch_size = 256
     return smoke(config) if row.endswith("-smoke") else config

@@ -13,7 +13,9 @@ from typing import Any
 
 from diffdistill.config import default_config, smoke
 
-ROWS = ("cifar10", "imagenet64", "lsun128")
+# Height, width, channels and number of classes; 0: any.
+IMAGES = {"cifar10": ((32, 32, 3), 10), "imagenet64": ((64, 64, 3), 1000), "lsun128": ((128, 128, 3), 0)}
+ROWS = tuple(IMAGES)
 
 
 def get_config(row: str = "cifar10") -> Any:
@@ -27,11 +29,11 @@ def get_config(row: str = "cifar10") -> Any:
     config.name = f"progressive-{row}"
     config.data.source = "array_record"
     config.data.flip = True
+    config.data.image_shape, config.data.num_classes = IMAGES[name]
     config.guided.num_updates = 0
-    config.training.updates_per_call = 100
     config.training.log_every = 1000
     config.training.save_every = 10_000
-    config.evaluation.num_samples = 0  # FID is computed by its own command; domain features are for small images
+    config.evaluation.num_samples = 0  # domain features are for small images
 
     model, teacher, distil = config.model, config.teacher, config.progressive
     teacher.weight = distil.weight = "snr_trunc"
@@ -56,6 +58,7 @@ def get_config(row: str = "cifar10") -> Any:
         teacher.batch_size = distil.batch_size = 2048
         teacher.learning_rate, distil.learning_rate = 3e-4, 1e-4
         teacher.dropout = 0.1
+        config.training.updates_per_call = 2  # ten batches of 2048 would fill a device while they wait
         distil.start_steps = 1024
     if name == "imagenet64":
         model.channels, model.multipliers, model.embedding = 192, (1, 2, 3, 4), 768

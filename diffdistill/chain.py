@@ -181,7 +181,14 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
 
 
 def check_data(config: Config, facts: DataFacts) -> None:
-    """Refuses a network that does not fit the images: ConfigError."""
+    """Refuses images that are not those of the config, and a network that does not fit them: ConfigError."""
+    expected = config.data.image_shape or facts.image_shape, config.data.num_classes or facts.num_classes
+    if expected != (facts.image_shape, facts.num_classes):
+        raise ConfigError(
+            f"The data has images {facts.image_shape} in {facts.num_classes} classes, but {config.name} is made for "
+            f"{expected[0]} in {expected[1]} (config.data.image_shape and num_classes; 0 classes: any number). "
+            "Give the right path, convert with config.data.image_size and channels, or change what is expected."
+        )
     height, width, _ = facts.image_shape
     factor = 2 ** (len(config.model.multipliers) - 1)
     if height % factor or width % factor:

@@ -34,6 +34,9 @@ class DataConfig:
     image_size: int = 0  # 0: as stored, all alike
     channels: int = 0  # 0: as stored, all alike; 1 or 3 converts
     flip: bool = False  # random horizontal flip
+    # What the images of this config are known to be: other images are refused. Empty and 0: whatever the source holds.
+    image_shape: tuple[int, ...] = ()
+    num_classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class TrainingConfig:
     updates_per_call: int = 0  # 0: 10 on accelerators, 1 on CPUs, whose loops are slow
     log_every: int = 50
     save_every: int = 1000
-    keep: int = 1  # checkpoints kept per stage
+    keep: int = 2  # checkpoints kept per stage
 
 
 @dataclass(frozen=True)
@@ -326,7 +329,7 @@ def _check_ranges(config: Config) -> None:
         where = f"config.{name}"
         least(f"{where}.num_updates", stage.num_updates, 1 if name == "teacher" else 0)
         least(f"{where}.batch_size", stage.batch_size, 1)
-        least(f"{where}.learning_rate", stage.learning_rate, 0.0)
+        least(f"{where}.learning_rate", stage.learning_rate, 1e-12)
         least(f"{where}.warmup_updates", stage.warmup_updates, 0)
         least(f"{where}.weight_decay", stage.weight_decay, 0.0)
         least(f"{where}.gradient_clip", stage.gradient_clip, 0.0)
@@ -347,11 +350,19 @@ def _check_ranges(config: Config) -> None:
         least(f"config.model.{name}", getattr(config.model, name), 1)
     least("config.data.image_size", config.data.image_size, 0)
     least("config.data.channels", config.data.channels, 0)
-    if config.process.log_snr_min >= config.process.log_snr_max:
-        raise ConfigError(
-            f"config.process.log_snr_min ({config.process.log_snr_min}) must be below log_snr_max "
-            f"({config.process.log_snr_max})."
+    least("config.seed", config.seed, 0)
+    if config.evaluation.num_samples == 1:
+        raise ConfigError("config.evaluation.num_samples is 1, but a distance needs 2 or more; 0 leaves it out.")
+    try:
+        process = config.process
+        schedules.get(
+            process.schedule,
+            log_snr_min=process.log_snr_min,
+            log_snr_max=process.log_snr_max,
+            num_train_steps=process.num_train_steps,
         )
+    except ValueError as error:
+        raise ConfigError(f"config.process: {error}") from error
 
 
 def _check_combinations(config: Config) -> None:
@@ -384,8 +395,10 @@ def _check_combinations(config: Config) -> None:
             f"config.data.path is {config.data.path!r}, but the digits are embedded in the package. "
             "Set config.data.source to idx, images, tfds or array_record to read a path."
         )
-    if config.data.source != "digits" and not config.data.path:
-        raise ConfigError(f"config.data.path is empty: config.data.source={config.data.source!r} needs one.")
+    if len(config.data.image_shape) not in (0, 3):
+        raise ConfigError(
+            f"config.data.image_shape is {config.data.image_shape}, but must be (height, width, channels) or ()."
+        )
 
 
 def _check_halving(config: Config) -> None:
@@ -401,6 +414,13 @@ def _check_halving(config: Config) -> None:
         raise ConfigError(
             f"config.process.num_train_steps ({config.process.num_train_steps}) is not a multiple of "
             f"config.progressive.start_steps ({start}): the times of the sampler would not be times of the teacher."
+        )
+    at_noise = float(weighting.get(config.progressive.weight)(config.process.log_snr_min))
+    if at_noise < 1e-3:
+        raise ConfigError(
+            f"config.progressive.weight={config.progressive.weight!r} is {at_noise:.2g} at t = 1, where every student "
+            "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
+            "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
         )
     if config.model.prediction == "eps":
         raise ConfigError(

@@ -33,11 +33,11 @@ def summary(run: runner.Run) -> str:
 
 def describe(config: Config) -> str:
     """The resolved config, every tensor, and the stages with their parameters, FLOPs and memory. Trains nothing."""
-    source, facts = runner.open_data(config)
+    facts, images = _data(config)
     stages = chain.plan(config)
     lines = [json.dumps(configs.to_dict(config), indent=2), ""]
     lines += [f"parameters of {stages[-1].name}:", _tensors(config, stages[-1], facts), ""]
-    lines.append(f"data: {source.name}, {len(source)} images {facts.image_shape}, {facts.num_classes} classes")
+    lines.append(f"data: {images} {facts.image_shape}, {facts.num_classes} classes")
     lines.append(f"devices here: {meshes.describe(meshes.make_mesh())}")
     lines.append("")
     head = ("stage", "learns from", "steps", "updates", "batch", "parameters", "FLOPs/update", "FLOPs", "memory")
@@ -68,6 +68,16 @@ def describe(config: Config) -> str:
         "whole batch, which is shared among the devices; an upper bound, since the compiler fuses."
     )
     return "\n".join(lines)
+
+
+def _data(config: Config) -> tuple[DataFacts, str]:
+    """Shape and classes of the images: of the data, or, before there is a path, what the config is made for."""
+    data = config.data
+    if data.source == "digits" or data.path or len(data.image_shape) != 3:
+        source, facts = runner.open_data(config)
+        return facts, f"{source.name}, {len(source)} images"
+    height, width, channels = data.image_shape
+    return DataFacts((height, width, channels), data.num_classes), "not given yet (config.data.path), expected images"
 
 
 def _tensors(config: Config, stage: Stage, facts: DataFacts) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from diffdistill import chain, workdir
 from diffdistill.chain import DataFacts, Stage
-from diffdistill.config import Config
+from diffdistill.config import Config, ConfigError
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
@@ -49,6 +49,11 @@ class Run:
 def open_data(config: Config) -> tuple[Source, DataFacts]:
     """The images of a config and what networks need to know of them. Raises DataError or ConfigError."""
     data = config.data
+    if data.source != "digits" and not data.path:
+        raise ConfigError(
+            f"config.data.path is empty: config.data.source={data.source!r} needs one, such as "
+            "--config.data.path=FOLDER."
+        )
     source = open_source(
         source=data.source,
         path=data.path or None,

@@ -91,9 +91,14 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
             {"progressive": {"num_updates": 5, "start_steps": 1024}, "process": {"schedule": "discrete_linear"}},
             ["not a multiple", "1000"],
         ),
-        ({"data": {"source": "images"}}, ["config.data.path is empty"]),
+        ({"progressive": {"num_updates": 5, "weight": "snr"}}, ["config.progressive.weight='snr'", "t = 1"]),
+        ({"progressive": {"num_updates": 5, "weight": "p2"}}, ["config.progressive.weight='p2'", "t = 1"]),
+        ({"data": {"image_shape": (32, 32)}}, ["config.data.image_shape", "(height, width, channels)"]),
+        ({"teacher": {"learning_rate": 0.0}}, ["config.teacher.learning_rate"]),
+        ({"evaluation": {"num_samples": 1}}, ["config.evaluation.num_samples"]),
         ({"data": {"path": "/somewhere"}}, ["embedded"]),
-        ({"process": {"log_snr_min": 5.0, "log_snr_max": 1.0}}, ["log_snr_min (5.0)"]),
+        ({"process": {"log_snr_min": 5.0, "log_snr_max": 1.0}}, ["config.process", "log_snr_min=5.0"]),
+        ({"process": {"log_snr_max": 90.0}}, ["config.process", "log_snr_max=90.0"]),
     ],
 )
 def test_impossible_choices_are_refused(groups, words):

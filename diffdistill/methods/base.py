@@ -85,14 +85,18 @@ def images(batch: Mapping[str, jax.Array]) -> jax.Array:
 def uniform(key: jax.Array, batch_size: int, *, stratified: bool) -> jax.Array:
     """(B,) draws whose marginals are U[0, 1).
 
-    Stratified draws share one random offset and are spaced by 1/B (Kingma et al. 2021, appendix I.1): each example is
-    still uniform, and the loss of a batch varies less with the times it happens to hold.
+    Stratified draws share one random offset and lie 1/B apart, modulo 1 (Kingma et al. 2021, appendix I.1): each
+    example is still uniform, and the loss of a batch varies less with the times that it happens to hold.
     """
     if not stratified:
         return jax.random.uniform(key, (batch_size,))
-    draws = (jnp.arange(batch_size) + jax.random.uniform(key, ())) / batch_size
-    # In float32 the last draw can round up to 1.
-    return jnp.minimum(draws, jnp.float32(1.0) - jnp.finfo(jnp.float32).epsneg)
+    shifted = jnp.arange(batch_size) / batch_size + jax.random.uniform(key, ())
+    return shifted - jnp.floor(shifted)
+
+
+def guidance_weights(key: jax.Array, batch_size: int, w_min: float, w_max: float) -> jax.Array:
+    """(B,) guidance weights, uniform on [w_min, w_max]."""
+    return jax.random.uniform(key, (batch_size,), minval=w_min, maxval=w_max)
 
 
 def training_times(key: jax.Array, batch_size: int, schedule: Schedule, *, stratified: bool) -> jax.Array:
@@ -112,10 +116,10 @@ def noised(key: jax.Array, x: jax.Array, log_snr: jax.Array) -> tuple[jax.Array,
 def weighted_loss(
     x_hat: jax.Array, target: jax.Array, log_snr: jax.Array, weight: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, Metrics]:
-    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and its share per log-SNR bin.
+    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and the same per log-SNR bin.
 
-    The metrics hold, for LOG_SNR_BINS equal bins of log-SNR in [-20, 20], the sum of the per-example losses and the
-    number of examples ("loss_sum_by_log_snr", "count_by_log_snr"): averages over many updates divide the two.
+    The metrics hold the "loss" and, for LOG_SNR_BINS equal bins of log-SNR in [-20, 20], "loss_by_log_snr": NaN where
+    the batch has no example in a bin.
     """
     errors = jnp.mean(jnp.square(x_hat - target), axis=tuple(range(1, x_hat.ndim)))
     losses = weight(log_snr) * errors
@@ -125,6 +129,5 @@ def weighted_loss(
     loss = jnp.mean(losses)
     return loss, {
         "loss": loss,
-        "loss_sum_by_log_snr": losses @ member,
-        "count_by_log_snr": jnp.sum(member, axis=0),
+        "loss_by_log_snr": (losses @ member) / jnp.sum(member, axis=0),
     }

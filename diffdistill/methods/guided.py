@@ -16,11 +16,6 @@ from diffdistill.methods import base
 from diffdistill.models.denoiser import Condition, Denoiser, guided, transfer
 
 
-def guidance_weights(key: jax.Array, batch_size: int, w_min: float, w_max: float) -> jax.Array:
-    """(B,) guidance weights, uniform on [w_min, w_max]."""
-    return jax.random.uniform(key, (batch_size,), minval=w_min, maxval=w_max)
-
-
 def distillation(
     student: Denoiser,
     teacher: Denoiser,
@@ -57,7 +52,9 @@ def distillation(
         size = x.shape[0]
         log_snr = schedule.log_snr(base.training_times(random["time"], size, schedule, stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
-        condition = Condition(label=batch["label"], guidance=guidance_weights(random["guidance"], size, w_min, w_max))
+        condition = Condition(
+            label=batch["label"], guidance=base.guidance_weights(random["guidance"], size, w_min, w_max)
+        )
         target = jax.lax.stop_gradient(guided_teacher(frozen["teacher"], z, log_snr, condition))
         x_hat = student(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, target, log_snr, weight)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import base
-from diffdistill.methods.guided import guidance_weights
 from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.samplers import ddim
 
@@ -55,7 +54,9 @@ def halving(
         z, _ = base.noised(random["noise"], x, log_snr)
         condition = Condition(
             label=batch["label"] if denoiser.num_classes else None,
-            guidance=None if guidance_range is None else guidance_weights(random["guidance"], size, *guidance_range),
+            guidance=None
+            if guidance_range is None
+            else base.guidance_weights(random["guidance"], size, *guidance_range),
         )
         target, _, _ = ddim.two_step_target(
             lambda z, log_snr: denoiser(frozen["teacher"], z, log_snr, condition), z, schedule, t, m, s
