@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -122,7 +123,10 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     def trained(config: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in config.items() if name not in _FREE}
 
-    changes = configs.differences(trained(before.get("config", {})), trained(record["config"]))
+    there = before.get("config", {})
+    with contextlib.suppress(configs.ConfigError):
+        there = configs.to_dict(configs.resolve(there))  # a field that is younger than the run had its default
+    changes = configs.differences(trained(there), trained(record["config"]))
     if not changes and before.get("data") != record["data"]:
         changes = ["the images themselves are others than those that the run was started with"]
     if changes:

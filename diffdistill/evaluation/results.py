@@ -30,7 +30,7 @@ REQUIRED = (
     "params_hash",
 )
 # What makes two measurements the same one. Retrained parameters have another hash and are measured again.
-IDENTITY = ("stage", "num_steps", "sampler", "w", "metric", "num_samples", "seed", "params_hash")
+IDENTITY = ("stage", "num_steps", "sampler", "w", "metric", "num_samples", "seed", "params_hash", "protocol")
 
 
 def record(
@@ -76,11 +76,15 @@ def append(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -
     lines = [_line(entry) for entry in records]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        _drop_torn_line(file)
-        file.write("".join(lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "a+b") as file:
+            _drop_torn_line(file)
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say which file did not fit
+        raise
 
 
 def read(path: str | os.PathLike[str]) -> list[Record]:
