@@ -58,7 +58,6 @@ def define_flags() -> None:
 def main() -> None:
     """Runs the program and exits with one of the documented codes."""
     quiet()
-    define_flags()
     try:
         app.run(_main, flags_parser=_parse)
     except KeyboardInterrupt:
@@ -89,11 +88,12 @@ _BAD_VALUE = re.compile(r"flag --(?P<name>[^=]+)=(?P<value>.*?): (?P<why>.*)", r
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Parses the flags; whatever is wrong with them or with the config file ends here."""
+    """Defines and parses the flags; whatever is wrong with them or with the config file ends here."""
     try:
         for argument in arguments[1:]:
             if override := _OVERRIDE.fullmatch(argument):
                 _expected(override[1])
+        define_flags()  # reads the default config, with the overrides of the command line
         rest = FLAGS(arguments)
         getattr(FLAGS.config, "to_dict", None)
         return rest

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from typing import Any
 
 
@@ -14,6 +15,8 @@ def orbax() -> None:
             logger.addFilter(kind())
     if not isinstance(sys.unraisablehook, _NotClosedLoops):
         sys.unraisablehook = _NotClosedLoops(sys.unraisablehook)
+    # The other writes of a checkpoint whose first write failed.
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
 
 
 class _NotOrbax(logging.Filter):

@@ -1,0 +1,151 @@
+"""Samples of a trained stage: an image is a function of its seed, and what a model cannot give is refused."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffdistill
+from diffdistill import sample
+from diffdistill.sample import SampleError
+from diffdistill.workdir import WorkdirError
+
+LAST = "round_01_steps_0001"
+
+
+@pytest.fixture(scope="module")
+def student(smoke_run):
+    return dataclasses.replace(diffdistill.load(smoke_run.path), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def teacher(smoke_run):
+    return dataclasses.replace(diffdistill.load(smoke_run.path / "teacher"), batch_size=4)
+
+
+def noise(seed: int) -> np.ndarray:
+    """What an image starts from, as the documentation of a seed promises."""
+    return np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), (8, 8, 1)))
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Equal but for the rounding of the last bit, which another batch size may change."""
+    return bool(np.abs(one.astype(int) - other.astype(int)).max() <= 1)
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import sys, diffdistill; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_load_takes_a_run_or_one_of_its_stages(smoke_run, student, teacher):
+    assert (student.name, student.num_steps, student.guidance_range) == (LAST, 1, (0.0, 2.0))
+    assert (teacher.name, teacher.num_steps, teacher.guidance_range) == ("teacher", 4, None)
+    assert diffdistill.load(smoke_run.path, "guided").name == "guided"
+    with pytest.raises(SampleError, match=r"'round_09'.*Finished stages: teacher, guided, round_00"):
+        diffdistill.load(smoke_run.path / "round_09")
+    with pytest.raises(WorkdirError, match="holds no run"):
+        diffdistill.load(smoke_run.path.parent)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_an_image_depends_on_its_seed_alone(teacher, sampler):
+    settings = {"num_steps": 3, "sampler": sampler}
+    batch = teacher.sample(12, **settings)
+    np.testing.assert_array_equal(batch.seeds, np.arange(12))
+    np.testing.assert_array_equal(batch.labels, np.arange(12) % 10)
+    assert batch.images.shape == (12, 8, 8, 1)
+    assert batch.images.dtype == np.uint8
+    assert not same(batch.images[1], batch.images[11])  # of one class, from other noise
+
+    alone = teacher.sample(1, seed=7, **settings)
+    assert alone.seeds.tolist() == [7]
+    assert alone.labels.tolist() == [7]
+    assert same(alone.images[0], batch.images[7])
+
+    in_ones = dataclasses.replace(teacher, batch_size=1).sample(12, **settings)
+    assert same(in_ones.images, batch.images)
+
+
+def test_latents_equal_to_the_noise_of_the_seeds_give_the_same_images(student):
+    expected = student.sample(3, seed=4, w=1.0)
+    given = student.sample(3, seed=4, w=1.0, latents=np.stack([noise(seed) for seed in (4, 5, 6)]))
+    assert same(given.images, expected.images)
+    assert not same(student.sample(3, seed=40, labels=[4, 5, 6], w=1.0).images, expected.images)
+
+
+def test_classes_go_by_number_or_name_and_are_repeated_in_turn(student):
+    named = dataclasses.replace(student, class_names=("zero", "one", "two", *student.class_names[3:]))
+    samples = named.sample(5, labels=["two", 7])
+    assert samples.labels.tolist() == [2, 7, 2, 7, 2]
+    np.testing.assert_array_equal(samples.images, named.sample(5, labels=np.array([2, 7])).images)
+    assert named.sample(3, labels=["2", "9"]).labels.tolist() == [2, 9, 2]
+
+
+def test_guidance_costs_the_teacher_two_branches_and_the_student_none(teacher, student):
+    assert teacher.sample(1, num_steps=2).network_evaluations == 2
+    assert teacher.sample(1, num_steps=2, w=1.0).network_evaluations == 4
+    assert student.sample(4, w=1.0).network_evaluations == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num": 0}, "0 images"),
+        ({"seed": -1}, "seeds run from 0"),
+        ({"seed": 2**31 - 1, "num": 2}, "seeds run from 0"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"w": 2.5}, r"w is 2.5.*from 0.0 to 2.0"),
+        ({"w": -0.5}, r"w is -0.5.*from 0.0 to 2.0"),
+        ({"w": float("nan")}, "w is nan"),
+        ({"labels": [10]}, "classes 0 to 9"),
+        ({"labels": [-1]}, "classes 0 to 9"),
+        ({"labels": []}, "classes 0 to 9"),
+        ({"labels": ["cat"]}, "'cat' is no class"),
+        ({"labels": [1.5]}, "1.5 is no class"),
+        ({"sampler": "dim"}, "known are ddim, ancestral"),
+        ({"latents": np.zeros((2, 8, 8, 1), np.float32)}, r"need \(1, 8, 8, 1\)"),
+        ({"latents": np.full((1, 8, 8, 1), np.nan)}, "finite"),
+        ({"latents": np.zeros((1, 8, 8, 1), np.int32)}, "floating-point"),
+    ],
+)
+def test_what_a_model_cannot_give_is_refused(student, arguments, words):
+    with pytest.raises(SampleError, match=words):
+        student.sample(**arguments)
+
+
+def write(path, out, **changes) -> list[str]:
+    said: list[str] = []
+    settings = {"num": 4, "seed": 0, "labels": [], "latents": "", "w": 0.0, "num_steps": None, "sampler": None}
+    sample.to_files(path, out=str(out), say=said.append, **{**settings, **changes})
+    return said
+
+
+def test_files_hold_images_labels_and_seeds(smoke_run, student, tmp_path):
+    np.save(tmp_path / "noise.npy", np.stack([noise(seed) for seed in (3, 4, 5, 6)]))
+    said = write(
+        smoke_run.path / LAST, tmp_path / "new" / "out", seed=3, labels=["1", "0"], latents=str(tmp_path / "noise.npy")
+    )
+    assert "4 images from round_01_steps_0001, 1 steps, w = 0" in said[0]
+    with np.load(tmp_path / "new" / "out" / "samples.npz") as file:
+        assert same(file["images"], student.sample(4, seed=3, labels=[1, 0]).images)
+        assert file["labels"].tolist() == [1, 0, 1, 0]
+        assert file["seeds"].tolist() == [3, 4, 5, 6]
+    with Image.open(tmp_path / "new" / "out" / "samples.png") as picture:
+        assert min(picture.size) >= 2 * 40  # two rows or columns of tiles, enlarged
+
+
+def test_files_that_cannot_be_read_or_written_are_named(smoke_run, tmp_path):
+    (tmp_path / "text.npy").write_text("no numbers")
+    np.savez(tmp_path / "pack.npz", a=np.zeros(3))
+    with pytest.raises(SampleError, match=r"none.npy cannot be read: No such file"):
+        write(smoke_run.path, tmp_path, latents=str(tmp_path / "none.npy"))
+    for name in ("text.npy", "pack.npz"):
+        with pytest.raises(SampleError, match=rf"{name} is not an .npy file"):
+            write(smoke_run.path, tmp_path, latents=str(tmp_path / name))
+    with pytest.raises(WorkdirError, match=r"cannot be written.*--out"):
+        write(smoke_run.path, tmp_path / "text.npy" / "out")
