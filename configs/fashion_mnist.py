@@ -1,4 +1,4 @@
-"""The digits' recipe on Fashion-MNIST at 16x16: real pictures of clothes, still small enough for a patient CPU or any GPU.
+"""The digits' recipe on Fashion-MNIST at 16x16: real pictures of clothes, for any GPU or a patient CPU.
 
     python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist --config.data.path=FOLDER
 

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run failed (data, disk, checkpoint); 2 wrong usage or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -61,7 +62,7 @@ def main() -> None:
     try:
         app.run(_main, flags_parser=_parse)
     except KeyboardInterrupt:
-        _stop("Stopped before anything of this start needed saving. Start the same command again to continue.")
+        _stop("Stopped at once. Checkpoints that were complete are intact; the same command continues from the newest.")
         sys.exit(EXIT_SIGINT)
 
 
@@ -162,20 +163,26 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.chain import ConfigError
     from diffdistill.data.contract import DataError
     from diffdistill.evaluate import EvaluationInterrupted
+    from diffdistill.evaluation.results import ResultsError
     from diffdistill.sample import SampleError
     from diffdistill.training import mesh
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
-    from diffdistill.training.interrupt import catch_signals
+    from diffdistill.training.interrupt import Interrupt, catch_signals
     from diffdistill.workdir import WorkdirError
 
-    with catch_signals() as interrupt:
+    # The other modes have nothing to save: a signal ends them as it ends any program.
+    interruptible = FLAGS.mode in ("run", "train", "evaluate")
+    with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
-            mesh.initialize(
-                FLAGS.distributed,
-                coordinator=FLAGS.coordinator or None,
-                num_processes=FLAGS.num_processes or None,
-                process_id=FLAGS.process_id if FLAGS.process_id >= 0 else None,
-            )
+            try:
+                mesh.initialize(
+                    FLAGS.distributed,
+                    coordinator=FLAGS.coordinator or None,
+                    num_processes=FLAGS.num_processes or None,
+                    process_id=FLAGS.process_id if FLAGS.process_id >= 0 else None,
+                )
+            except ValueError as error:
+                _fail(str(error), EXIT_USAGE)
             MODES[FLAGS.mode](interrupt)
         except (Interrupted, EvaluationInterrupted) as stop:
             _stop(str(stop))
@@ -184,7 +191,7 @@ def _main(arguments: list[str]) -> None:
             _fail(str(error), EXIT_NOT_FINITE)
         except (ConfigError, SampleError) as error:
             _fail(str(error), EXIT_USAGE)
-        except (DataError, WorkdirError, TrainingError, ValueError) as error:
+        except (DataError, WorkdirError, TrainingError, ResultsError) as error:
             _fail(str(error), EXIT_FAILED)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -222,17 +229,19 @@ def _train(interrupt: Any) -> None:
 def _evaluate(interrupt: Any) -> None:
     from diffdistill import evaluate, runner, workdir
     from diffdistill.data.pipeline import in_memory
-    from diffdistill.report import write_report
+    from diffdistill.report import save_overview, write_report
+    from diffdistill.training.mesh import is_main
 
     config = _config()
     folder = workdir.read(_workdir(config))
     if any(argument.startswith(("--config", "-config")) for argument in sys.argv):
         folder = folder.measured_as(config)
-    source, _ = runner.open_data(folder.config)
-    evaluate.evaluate(folder, in_memory(source), interrupt, say=_say)
-    table, page = write_report(folder)
-    _say(table)
-    _say(f"\nReport: {page}")
+    source = in_memory(runner.open_data(folder.config)[0])
+    evaluate.evaluate(folder, source, interrupt, say=_say)
+    if is_main():
+        save_overview(folder, source)
+        table, page = write_report(folder)
+        _say(f"{table}\nReport: {page}")
 
 
 def _plan(interrupt: Any) -> None:

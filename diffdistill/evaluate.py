@@ -19,14 +19,15 @@ import numpy as np
 
 from diffdistill import chain, runner
 from diffdistill.chain import Stage
-from diffdistill.data.contract import Source
+from diffdistill.data.contract import DataError, Source
 from diffdistill.evaluation import features, images, metrics, results
-from diffdistill.sample import Generator, Samples, load_stage
+from diffdistill.sample import Generator, load_stage, save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
 
 RESULTS = "evaluation/results.jsonl"
+SHOWN = 200  # samples kept of each measurement, for pictures
 METRICS = ("frechet_to_data", "frechet_to_teacher", "paired_rmse_to_teacher", "class_accuracy")
 
 
@@ -59,9 +60,9 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...]) -> Iterator[Measure
                 continue
             if w and not stage.conditioned_on_guidance and stage.name != "teacher":
                 continue  # a chain without w distils the plain conditional model
-            for num_steps in config.evaluation.num_steps:
-                tied = stage.num_steps or num_steps
-                if tied == num_steps and not (stage.name == "teacher" and num_steps == full):
+            # A round is measured at its own number of steps, whatever the list says.
+            for num_steps in (stage.num_steps,) if stage.num_steps else config.evaluation.num_steps:
+                if not (stage.name == "teacher" and num_steps == full):
                     yield Measurement(stage, num_steps, w, False)
 
 
@@ -91,17 +92,19 @@ def evaluate(folder: Workdir, source: Source, interrupt: Interrupt, say: Callabl
     reference: dict[float, tuple[np.ndarray, metrics.Moments]] = {}
     try:
         wanted = {item: _unmeasured(folder, item, generators, done) for item in todo}
-        open_items = {item for item in todo if wanted[item] or not _grid_of(folder, item).exists()}
+        open_items = {item for item in todo if wanted[item] or not _pictures_exist(folder, item)}
         # The teacher's samples at its full number of steps are needed for whatever else is missing at the same w.
         open_items |= {item for item in todo if item.is_reference and item.w in {other.w for other in open_items}}
-        for item in todo:
-            if interrupt.requested:
+        # Of several processes the main one decides: sampling needs all of them, at the same measurement.
+        opened = meshes.from_main(np.array([item in open_items for item in todo], np.int32))
+        for item, is_open in zip(todo, opened, strict=True):
+            if meshes.any_process(interrupt.requested):
                 raise EvaluationInterrupted(
                     f"Evaluation stopped by {interrupt.reason}; what was measured is kept. "
                     "Start the same command again to continue."
                 )
             bar.show(item)
-            if item in open_items:
+            if is_open:
                 _measure(folder, network, data_moments, item, *generators[item.stage.name], wanted[item], reference)
             bar.advance()
     finally:
@@ -116,14 +119,34 @@ def _unmeasured(
         generator = load_stage(folder, item.stage)
         generators[item.stage.name] = (generator, params_hash(generator.params))
     generator, digest = generators[item.stage.name]
-    # The reference itself has no distance to itself.
-    names = ("frechet_to_data", "class_accuracy") if item.is_reference else METRICS
-    return [name for name in names if _key(folder, generator, item, name, digest) not in done]
+    names = {"frechet_to_data"}
+    if generator.denoiser.num_classes:
+        names.add("class_accuracy")
+    if not item.is_reference:
+        names.add("frechet_to_teacher")
+        if _sampler(generator, item) == "ddim":
+            names.add("paired_rmse_to_teacher")  # pairs need two deterministic samplers
+    return [name for name in METRICS if name in names and _key(folder, generator, item, name, digest) not in done]
+
+
+def _sampler(generator: Generator, item: Measurement) -> str:
+    """The reference is deterministic, so that pairs with it mean something; the rest is sampled as the config says."""
+    return "ddim" if item.is_reference else generator.sampler
 
 
 def _grid_of(folder: Workdir, item: Measurement) -> Path:
     """Where the grid of samples of one measurement lies."""
     return folder.path / "grids" / f"w{item.w:g}" / f"{item.stage.name}_sampled_{item.num_steps:04d}.png"
+
+
+def _pictures_exist(folder: Workdir, item: Measurement) -> bool:
+    kept = samples_path(folder, item.stage.name, item.num_steps, item.w)
+    return _grid_of(folder, item).exists() and kept.exists()
+
+
+def samples_path(folder: Workdir, stage: str, num_steps: int, w: float) -> Path:
+    """Where the first SHOWN samples of one measurement lie: images, labels, seeds."""
+    return folder.path / "evaluation" / "samples" / f"w{w:g}" / f"{stage}_sampled_{num_steps:04d}.npz"
 
 
 def params_hash(params: Any) -> str:
@@ -135,23 +158,6 @@ def params_hash(params: Any) -> str:
     return content.hexdigest()[:12]
 
 
-def by_class(samples: Samples, classes: int, columns: int) -> tuple[np.ndarray, int]:
-    """Images in rows of one class each, and the number of rows; one row per `columns` images without classes."""
-    if not classes:
-        rows = max(1, min(4, len(samples.images) // columns))
-        return samples.images[: rows * columns], rows
-    chosen = [np.flatnonzero(samples.labels == label)[:columns] for label in range(classes)]
-    full = [row for row in chosen if len(row)]
-    width = min(len(row) for row in full)
-    return samples.images[np.concatenate([row[:width] for row in full])], len(full)
-
-
-def save_grid(path: Path, samples: Samples, classes: int, columns: int) -> None:
-    """Writes a PNG with one row per class."""
-    shown, rows = by_class(samples, classes, columns)
-    images.save_png(path, images.grid(shown, rows, len(shown) // rows))
-
-
 def _feature_network(
     folder: Workdir, source: Source, say: Callable[[str], Any]
 ) -> tuple[features.FeatureNetwork, metrics.Moments]:
@@ -160,9 +166,12 @@ def _feature_network(
     # Enough for the statistics; a larger set is thinned out evenly.
     chosen = np.linspace(0, len(source) - 1, min(len(source), 10_000)).astype(np.int64)
     data = gather(source, chosen)
-    network = features.train_or_load(
-        data["image"], data["label"], source.num_classes, source.fingerprint(), folder.path / "evaluation" / "cache"
-    )
+    try:
+        network = features.train_or_load(
+            data["image"], data["label"], source.num_classes, source.fingerprint(), folder.path / "evaluation" / "cache"
+        )
+    except ValueError as error:
+        raise DataError(f"evaluation of {source.name}: {error}. Set config.evaluation.num_samples=0.") from error
     accuracy = network.record.get("hold_out_accuracy")
     if isinstance(accuracy, float):
         say(f"evaluation: features of a classifier with {100 * accuracy:.1f} % held-out accuracy")
@@ -178,14 +187,21 @@ def _key(folder: Workdir, generator: Generator, item: Measurement, metric: str, 
         {
             "stage": item.stage.name,
             "num_steps": item.num_steps,
-            "sampler": generator.sampler,
+            "sampler": _sampler(generator, item),
             "w": item.w,
             "metric": metric,
             "num_samples": folder.config.evaluation.num_samples,
             "seed": _seed(folder),
             "params_hash": digest,
+            "protocol": _protocol(generator),
         }
     )
+
+
+def _protocol(generator: Generator) -> str:
+    """What else a figure depends on: the recipe of the feature network and the sampler's settings."""
+    clip = "clip" if generator.clip else "no clip"
+    return f"domain features {features.RECIPE}, {clip}, variance fraction {generator.variance_fraction:g}"
 
 
 def _measure(
@@ -200,7 +216,10 @@ def _measure(
 ) -> None:
     start = time.monotonic()
     config = folder.config
-    samples = generator.sample(config.evaluation.num_samples, seed=_seed(folder), w=item.w, num_steps=item.num_steps)
+    sampler = _sampler(generator, item)
+    samples = generator.sample(
+        config.evaluation.num_samples, seed=_seed(folder), w=item.w, num_steps=item.num_steps, sampler=sampler
+    )
     seconds = time.monotonic() - start
     sampled, predicted = network.measure(samples.images)
     moments = metrics.moments_of(sampled)
@@ -219,11 +238,13 @@ def _measure(
     }
     if not meshes.is_main():
         return
-    save_grid(
-        _grid_of(folder, item),
-        samples,
-        generator.denoiser.num_classes,
-        config.evaluation.grid_columns,
+    save_grid(_grid_of(folder, item), samples, generator, config.evaluation.grid_columns)
+    kept = slice(0, SHOWN)
+    images.save_npz(
+        samples_path(folder, item.stage.name, item.num_steps, item.w),
+        samples.images[kept],
+        samples.labels[kept],
+        samples.seeds[kept],
     )
     results.append(
         folder.path / RESULTS,
@@ -232,7 +253,7 @@ def _measure(
                 stage=item.stage.name,
                 num_steps=item.num_steps,
                 network_evaluations=samples.network_evaluations,
-                sampler=generator.sampler,
+                sampler=sampler,
                 w=item.w,
                 metric=name,
                 value=compute[name](),
@@ -241,6 +262,7 @@ def _measure(
                 hardware=meshes.describe(meshes.make_mesh()),
                 wall_time=seconds,
                 params_hash=digest,
+                protocol=_protocol(generator),
             )
             for name in wanted
         ],

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from diffdistill import chain, plan, runner
-from diffdistill.evaluate import RESULTS
-from diffdistill.evaluation import results, tables
+from diffdistill.data.contract import Source
+from diffdistill.data.pipeline import gather
+from diffdistill.evaluate import RESULTS, samples_path
+from diffdistill.evaluation import images, results, tables
 from diffdistill.evaluation.report import write_report as write_page
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.workdir import Workdir
@@ -35,6 +39,43 @@ def write_report(folder: Workdir) -> tuple[str, Path]:
         costs=costs,
     )
     return f"{tables.terminal_table(measured)}\n{tables.terminal_costs(costs)}", page
+
+
+def save_overview(folder: Workdir, source: Source) -> Path | None:
+    """Writes overview.png: a row of data, one of the teacher, one per student, each column from the same noise.
+
+    Shows the middle guidance weight of the config, two columns per class. None where nothing was measured.
+    """
+    weights = sorted(folder.config.evaluation.guidance)
+    if not weights or folder.facts.num_classes > 20:
+        return None
+    w, full = weights[len(weights) // 2], chain.full_steps(folder.config)
+    rows: list[tuple[str, np.ndarray]] = []
+    for stage in chain.plan(folder.config):
+        num_steps = full if stage.name == "teacher" else stage.num_steps
+        path = samples_path(folder, stage.name, num_steps, w)
+        if num_steps and path.exists():
+            with np.load(path) as kept:
+                first = _first_of_each_class(kept["labels"], folder.facts.num_classes)
+                name = f"teacher, {num_steps} steps" if stage.name == "teacher" else _steps(num_steps)
+                rows.append((name, kept["images"][first]))
+    if not rows:
+        return None
+    data = gather(source, range(min(len(source), 2000)))
+    rows.insert(0, ("data", data["image"][_first_of_each_class(data["label"], folder.facts.num_classes)]))
+    columns = min(len(tiles) for _, tiles in rows)
+    tiles = np.concatenate([row[:columns] for _, row in rows])
+    picture = images.grid(tiles, len(rows), columns, row_labels=[name for name, _ in rows])
+    return images.save_png(folder.path / "overview.png", picture)
+
+
+def _first_of_each_class(labels: np.ndarray, num_classes: int, count: int = 2) -> np.ndarray:
+    """The places of the first `count` examples of every class, class after class."""
+    return np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(num_classes)])
+
+
+def _steps(number: int) -> str:
+    return f"student, {number} step{'s' * (number > 1)}"
 
 
 def stage_costs(folder: Workdir) -> Iterator[dict[str, Any]]:
@@ -80,6 +121,7 @@ def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
 
 def _facts(folder: Workdir) -> dict[str, Any]:
     record = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
+    first = record.get("starts", [{}])[0]
     last = chain.plan(folder.config)[-1]
     height, width, channels = folder.facts.image_shape
     measured = results.read(folder.path / RESULTS)
@@ -92,8 +134,8 @@ def _facts(folder: Workdir) -> dict[str, Any]:
         "seed": folder.config.seed,
         "samples per measurement": folder.config.evaluation.num_samples,
         "hardware": measured[-1]["hardware"] if measured else "unknown",
-        "started": record.get("started", "unknown"),
-        "command": " ".join(record.get("command_line", [])),
-        "git revision": record.get("git_revision", "unknown"),
-        "versions": ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items()),
+        "started": first.get("time", "unknown") + f", {len(record.get('starts', [])) or 'unknown'} start(s)",
+        "command": " ".join(first.get("command_line", [])),
+        "git revision": first.get("git_revision", "unknown"),
+        "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items()),
     }

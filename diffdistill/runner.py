@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from diffdistill import chain, workdir
 from diffdistill.chain import DataFacts, Stage
-from diffdistill.config import Config, ConfigError
+from diffdistill.config import Config, ConfigError, to_dict
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
@@ -76,10 +76,16 @@ def prepare(config: Config, path: str) -> Run:
     mesh = meshes.make_mesh()
     stages = chain.plan(config)
     for stage in stages:
-        meshes.process_slice(stage.settings.batch_size)
+        try:
+            meshes.process_slice(stage.settings.batch_size)
+            jax.eval_shape(chain.denoiser_of(config, stage, facts).init, jax.random.key(0))
+            chain.updater_of(stage)
+        except ValueError as error:
+            raise ConfigError(f"Stage {stage.name} cannot be built: {error}") from error
+    meshes.assert_same(json.dumps(to_dict(config), sort_keys=True), "the config")
+    source = in_memory(source)  # a damaged image is found here, before anything is written
     opened = workdir.create(path, config, facts, source.fingerprint(), write=meshes.is_main())
-    meshes.assert_same(json.dumps(workdir.configs.to_dict(config), sort_keys=True), "the config")
-    return Run(opened, in_memory(source), mesh, stages)
+    return Run(opened, source, mesh, stages)
 
 
 def train(run: Run, interrupt: Interrupt, say: Any = print) -> None:

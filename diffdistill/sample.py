@@ -100,7 +100,9 @@ class Generator:
         chosen = self._labels(seeds, labels)
         run = self._compiled(sampler, two_branches=self.guidance_range is None and w != 0.0)
         mesh = meshes.make_mesh()
-        chunk = -(-self.batch_size // mesh.size) * mesh.size
+        # Few images do not need a whole batch; powers of two keep the number of compiled programs small.
+        wanted = min(self.batch_size, 2 ** math.ceil(math.log2(num)))
+        chunk = -(-wanted // mesh.size) * mesh.size
         pictures = np.empty((num, *self.denoiser.image_shape), np.uint8)
         for first in range(0, num, chunk):
             rows = np.minimum(np.arange(first, first + chunk), num - 1)  # the last chunk is filled with its last image
@@ -308,15 +310,36 @@ def to_files(
     )
     if not meshes.is_main():
         return
-    columns = min(num, 10) if num <= 100 else int(np.ceil(np.sqrt(num)))
-    order = np.argsort(samples.labels, kind="stable")
-    picture = images.grid(samples.images[order], -(-num // columns), columns)
-    images.save_png(folder / "samples.png", picture)
+    save_grid(folder / "samples.png", samples, generator, max(10, int(np.ceil(np.sqrt(num)))))
     images.save_npz(folder / "samples.npz", samples.images, samples.labels, samples.seeds)
     say(
         f"{num} images from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
         f"{samples.network_evaluations} network evaluations each: {folder / 'samples.png'}, {folder / 'samples.npz'}"
     )
+
+
+def save_grid(path: Path, samples: Samples, generator: Generator, columns: int) -> None:
+    """Writes a PNG of samples, at most `columns` wide: rows are classes, named at the left, each as far as it goes.
+
+    Images of a model without classes fill the rows in order.
+    """
+    if not generator.denoiser.num_classes:
+        rows = -(-len(samples.images) // columns)
+        images.save_png(path, images.grid(samples.images, rows, min(columns, len(samples.images))))
+        return
+    groups = [np.flatnonzero(samples.labels == label)[:columns] for label in range(generator.denoiser.num_classes)]
+    present = [(label, group) for label, group in enumerate(groups) if len(group)]
+    width = max(len(group) for _, group in present)
+    if len(present) > max(20, 4 * width):  # many classes with hardly an image each: a plain grid in order of class
+        order = np.argsort(samples.labels, kind="stable")
+        images.save_png(path, images.grid(samples.images[order], -(-len(order) // columns), columns))
+        return
+    tiles = np.full((len(present), width, *samples.images.shape[1:]), images.BACKGROUND, np.uint8)
+    for row, (_, group) in enumerate(present):
+        tiles[row, : len(group)] = samples.images[group]
+    names = [generator.class_names[label] if generator.class_names else str(label) for label, _ in present]
+    flat = tiles.reshape(-1, *samples.images.shape[1:])
+    images.save_png(path, images.grid(flat, len(present), width, row_labels=names))
 
 
 def _read_latents(path: str) -> np.ndarray:

@@ -63,9 +63,12 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
         "data": {**json.loads(json.dumps(dataclasses.asdict(facts))), "fingerprint": fingerprint},
     }
     file = folder / "config.json"
-    if file.exists():
+    starts: list[dict[str, Any]] = []
+    trained = folder.is_dir() and any(folder.glob("*/*/_CHECKPOINT_METADATA"))
+    if trained and file.exists():
         _check_same(file, record)
-    elif folder.is_dir() and any(folder.glob("*/*/_CHECKPOINT_METADATA")):
+        starts = _load(file).get("starts", [])
+    elif trained:
         raise WorkdirError(
             f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore "
             "the file."
@@ -77,9 +80,9 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
                 "versions": _versions(),
                 "git_revision": _revision(),
                 "command_line": sys.argv,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            text = json.dumps({**record, **about}, indent=2) + "\n"
+            text = json.dumps({**record, "starts": [*starts, about]}, indent=2) + "\n"
             write_atomically(file, lambda stream: stream.write(text.encode()))
         except OSError as error:
             raise WorkdirError(

@@ -33,6 +33,10 @@ REQUIRED = (
 IDENTITY = ("stage", "num_steps", "sampler", "w", "metric", "num_samples", "seed", "params_hash", "protocol")
 
 
+class ResultsError(ValueError):
+    """A results file that cannot be read, or a result that cannot be written; the message says which line and why."""
+
+
 def record(
     *,
     stage: str,
@@ -71,7 +75,7 @@ def record(
 def append(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
     """Appends records in one write and flushes them to disk; a torn line left by a killed process is removed first.
 
-    Raises ValueError when a record lacks a required field or its value is not a finite number.
+    Raises ResultsError when a record lacks a required field or its value is not a finite number.
     """
     lines = [_line(entry) for entry in records]
     path = Path(path)
@@ -90,7 +94,7 @@ def append(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -
 def read(path: str | os.PathLike[str]) -> list[Record]:
     """All records in order; none when the file does not exist. A torn last line is left out.
 
-    Raises ValueError naming file and line where any other line is not a JSON object.
+    Raises ResultsError naming file and line where any other line is not a JSON object.
     """
     path = Path(path)
     if not path.exists():
@@ -103,7 +107,7 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
         try:
             entry = dict(json.loads(line))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({error}); correct or delete it") from error
+            raise ResultsError(f"{path}, line {number}: not a JSON object ({error}); correct or delete it") from error
         records.append(entry)
     return records
 
@@ -123,10 +127,10 @@ def finished(records: Iterable[Mapping[str, Any]]) -> set[Key]:
 def _line(entry: Mapping[str, Any]) -> str:
     missing = [name for name in REQUIRED if name not in entry]
     if missing:
-        raise ValueError(f"a result lacks {', '.join(missing)}; every line needs {', '.join(REQUIRED)}")
+        raise ResultsError(f"a result lacks {', '.join(missing)}; every line needs {', '.join(REQUIRED)}")
     value = entry["value"]
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{entry['stage']}, {entry['metric']}: expected a finite number as value; given {value!r}")
+        raise ResultsError(f"{entry['stage']}, {entry['metric']}: expected a finite number as value; given {value!r}")
     return json.dumps(dict(entry), allow_nan=False) + "\n"
 
 

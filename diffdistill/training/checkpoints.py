@@ -182,7 +182,8 @@ class StageCheckpoints:
     def _damaged(self, step: int, error: Exception) -> str:
         return (
             f"The checkpoint {self.directory / str(step)} cannot be read and seems damaged "
-            f"({_first_line(error)}). Move that directory away to continue from the checkpoint before it."
+            f"({_first_line(error)}). Move that directory away to continue from the checkpoint before "
+            "it, if there is one."
         )
 
     def _compare(self, step: int, items: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ def catch_signals() -> Iterator[Interrupt]:
             os.kill(os.getpid(), number)
             return
         interrupt.request(signal.Signals(number).name)
+        # os.write: a handler may run in the middle of a print.
+        os.write(2, b"\nStopping after this update and saving; the same signal again stops at once.\n")
 
     previous = {number: signal.signal(number, handle) for number in defaults}
     try:

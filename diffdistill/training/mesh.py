@@ -153,3 +153,21 @@ def assert_same(value: str, what: str) -> None:
     gathered = multihost_utils.process_allgather(digest)
     if not (gathered == gathered[0]).all():
         raise ValueError(f"The processes of this run disagree on {what}: start all of them with the same command.")
+
+
+def from_main(values: np.ndarray) -> np.ndarray:
+    """The main process's `values` (same shape and dtype everywhere) on every process: one decides, all act alike."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def any_process(flag: bool) -> bool:
+    """True on every process where `flag` is true on any. All processes must call it."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
