@@ -170,19 +170,20 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.training.interrupt import Interrupt, catch_signals
     from diffdistill.workdir import WorkdirError
 
+    # Before our signal handlers, because jax.distributed installs one of its own for SIGTERM.
+    try:
+        mesh.initialize(
+            FLAGS.distributed,
+            coordinator=FLAGS.coordinator or None,
+            num_processes=FLAGS.num_processes or None,
+            process_id=FLAGS.process_id if FLAGS.process_id >= 0 else None,
+        )
+    except ValueError as error:
+        _fail(str(error), EXIT_USAGE)
     # The other modes have nothing to save: a signal ends them as it ends any program.
     interruptible = FLAGS.mode in ("run", "train", "evaluate")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
-            try:
-                mesh.initialize(
-                    FLAGS.distributed,
-                    coordinator=FLAGS.coordinator or None,
-                    num_processes=FLAGS.num_processes or None,
-                    process_id=FLAGS.process_id if FLAGS.process_id >= 0 else None,
-                )
-            except ValueError as error:
-                _fail(str(error), EXIT_USAGE)
             MODES[FLAGS.mode](interrupt)
         except (Interrupted, EvaluationInterrupted) as stop:
             _stop(str(stop))
