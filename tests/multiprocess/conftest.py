@@ -1,6 +1,7 @@
-"""These tests share the toy of tests/training."""
+"""These tests share the toy of tests/training and the helpers of tests/resume."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+for room in ("training", "resume"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / room))

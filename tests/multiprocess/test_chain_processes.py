@@ -1,0 +1,80 @@
+"""Two processes of two devices train through main.py and stop; a single process goes on from their checkpoint."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from kill_chain import ROOT, parameters
+
+UPDATES = 60
+CHAIN = (
+    *("--mode=train", "--config=configs/digits.py:smoke", f"--config.teacher.num_updates={UPDATES}"),
+    *("--config.guided.num_updates=0", "--config.progressive.num_updates=0"),
+    *("--config.training.log_every=1", "--config.training.save_every=10"),
+    # One level without attention and no loop on the device: what compiles fast.
+    *("--config.model.multipliers=(1,)", "--config.model.attention_resolutions=()"),
+    "--config.training.updates_per_call=1",
+)
+
+
+def start(workdir: Path, devices: int, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "main.py", *CHAIN, f"--workdir={workdir}", *more],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses(workdir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # written once, not once a process
+    return [line["loss"] for line in lines]
+
+
+def test_one_process_continues_what_two_began(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    together = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
+    workers = [start(tmp_path / "two", 2, *together, f"--process_id={index}") for index in range(2)]
+    stage = tmp_path / "two" / "teacher"
+    deadline = time.monotonic() + 200
+    while (
+        not any(stage.glob("[0-9]*/_CHECKPOINT_METADATA"))
+        and time.monotonic() < deadline
+        and all(worker.poll() is None for worker in workers)
+    ):
+        time.sleep(0.01)
+    workers[1].send_signal(signal.SIGTERM)
+    outputs = [worker.communicate(timeout=200) for worker in workers]
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 143, errors
+        assert "Start the same command again to continue." in errors
+    assert "4 x cpu in 2 processes" in outputs[0][0]
+    spoken = [line for line in outputs[1][0].splitlines() if not line.startswith("[Gloo]")]
+    assert spoken == []  # one process speaks; Gloo is the transport of JAX
+    stopped = max(int(path.name) for path in (tmp_path / "two" / "teacher").iterdir() if path.name.isdigit())
+    assert 10 <= stopped < UPDATES
+
+    alone = start(tmp_path / "two", 1)
+    output, errors = alone.communicate(timeout=200)
+    assert alone.returncode == 0, errors
+    assert f"teacher: resumed at update {stopped} of {UPDATES}" in output
+    whole = start(tmp_path / "one", 1)
+    _, errors = whole.communicate(timeout=200)
+    assert whole.returncode == 0, errors
+
+    np.testing.assert_allclose(losses(tmp_path / "two")[:20], losses(tmp_path / "one")[:20], rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-2)
+    found = parameters(tmp_path / "two")["teacher"]
+    for name, value in parameters(tmp_path / "one")["teacher"].items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-2, atol=1e-2, err_msg=name)
