@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -87,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
 
     def fail(file) -> None:
         file.write(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     with pytest.raises(OSError, match="no space"):
         files.write_atomically(path, fail)
