@@ -30,8 +30,9 @@ def test_a_run_says_what_it_was_started_with(smoke_run):
     record = json.loads((smoke_run.path / "config.json").read_text())
     assert record["config"]["name"] == "digits-smoke"
     assert record["data"]["image_shape"] == [8, 8, 1]
-    assert {"jax", "python", "diffdistill"} <= record["versions"].keys()
-    assert record["command_line"]
+    assert len(record["starts"]) == 1
+    assert {"jax", "python", "diffdistill"} <= record["starts"][0]["versions"].keys()
+    assert record["starts"][0]["command_line"]
     assert workdir.read(smoke_run.path).config == smoke()
     assert workdir.read(smoke_run.path).facts == smoke_run.run.facts
 
