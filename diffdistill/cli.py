@@ -160,7 +160,7 @@ def _main(arguments: list[str]) -> None:
         _fail(
             f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
         )
-    from diffdistill.chain import ConfigError
+    from diffdistill.config import ConfigError
     from diffdistill.data.contract import DataError
     from diffdistill.evaluate import EvaluationInterrupted
     from diffdistill.evaluation.results import ResultsError

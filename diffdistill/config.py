@@ -8,20 +8,16 @@ back into these dataclasses, which is all that the library sees.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from diffdistill import fields
 from diffdistill.diffusion import parameterisation, schedules, weighting
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which field, what it holds and what is possible."""
+from diffdistill.fields import ConfigError
+from diffdistill.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -189,7 +185,7 @@ def resolve(settings: Any) -> Config:
     """
     if hasattr(settings, "to_dict"):
         settings = settings.to_dict()
-    config = _build(Config, settings, "config")
+    config = fields.build(Config, settings, "config")
     _check(config)
     return config
 
@@ -203,91 +199,14 @@ def expected(path: str) -> str:
     kind, where = Config, "config"
     for name in path.split("."):
         if not dataclasses.is_dataclass(kind):
-            raise ConfigError(f"config.{path} is not a field: {where} is {_expected(kind)}.")
-        kind, where = _kind(kind, name.partition("[")[0], where), f"{where}.{name}"
-    return _expected(kind)
+            raise ConfigError(f"config.{path} is not a field: {where} is {fields.expected(kind)}.")
+        kind, where = fields.kind_of(kind, name.partition("[")[0], where), f"{where}.{name}"
+    return fields.expected(kind)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values that json can write."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "config") -> list[str]:
-    """Lines "field: value of one -> value of other" for every leaf in which two nested configs differ."""
-    lines = []
-    for name in sorted({*one, *other}):
-        a, b, where = one.get(name), other.get(name), f"{prefix}.{name}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, where)
-        elif a != b:
-            lines.append(f"{where}: {a!r} -> {b!r}")
-    return lines
-
-
-def digest(value: Any) -> str:
-    """First 12 hexadecimal digits of the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _build(cls: Any, settings: Any, where: str) -> Any:
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"{where} is {settings!r}, but must be a group of fields: {', '.join(_names(cls))}.")
-    values = {}
-    for name, value in settings.items():
-        kind = _kind(cls, str(name), where)
-        inner = f"{where}.{name}"
-        values[name] = (_build if dataclasses.is_dataclass(kind) else _leaf)(kind, value, inner)
-    return cls(**values)
-
-
-def _kind(cls: Any, name: str, where: str) -> Any:
-    hints = get_type_hints(cls)
-    if name not in hints:
-        raise ConfigError(
-            f"{where}.{name} is not a field.{_nearest(name, _names(cls))} "
-            f"The fields of {where} are: {', '.join(_names(cls))}."
-        )
-    return hints[name]
-
-
-def _names(cls: Any) -> list[str]:
-    return [item.name for item in dataclasses.fields(cls)]
-
-
-_EXPECTED = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple[int, ...]: "a list of whole numbers, such as (1, 2)",
-    tuple[float, ...]: "a list of numbers, such as (1, 2)",
-}
-
-
-def _expected(kind: Any) -> str:
-    if dataclasses.is_dataclass(kind):
-        return f"a group of fields: {', '.join(_names(kind))}"
-    return f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else _EXPECTED[kind]
-
-
-def _leaf(kind: Any, value: Any, where: str) -> Any:
-    if kind in (tuple[int, ...], tuple[float, ...]) and isinstance(value, tuple | list):
-        return tuple(_leaf(get_args(kind)[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
-    if get_origin(kind) is Literal:
-        fits = value in get_args(kind)
-    elif kind in (int, float):
-        fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    else:
-        fits = kind in (bool, str) and isinstance(value, kind)
-    if not fits:
-        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}), but must be {_expected(kind)}.")
-    return float(value) if kind is float else value
 
 
 def _check(config: Config) -> None:
@@ -296,26 +215,17 @@ def _check(config: Config) -> None:
     _check_combinations(config)
 
 
-def _one_of(where: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise ConfigError(
-            f"{where} is {value!r}, which is not known.{_nearest(value, known)} Known: {', '.join(known)}."
-        )
-
-
 def _check_names(config: Config) -> None:
-    from diffdistill.samplers import SAMPLERS
-
-    _one_of("config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record"])
-    _one_of("config.process.schedule", config.process.schedule, list(schedules.SCHEDULES))
-    _one_of("config.model.prediction", config.model.prediction, list(parameterisation.PARAMETERISATIONS))
-    _one_of("config.model.dtype", config.model.dtype, ["float32", "bfloat16"])
-    _one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
-    _one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
-    _one_of("config.sampling.sampler", config.sampling.sampler, list(SAMPLERS))
+    fields.one_of("config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record"])
+    fields.one_of("config.process.schedule", config.process.schedule, list(schedules.SCHEDULES))
+    fields.one_of("config.model.prediction", config.model.prediction, list(parameterisation.PARAMETERISATIONS))
+    fields.one_of("config.model.dtype", config.model.dtype, ["float32", "bfloat16"])
+    fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
+    fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
+    fields.one_of("config.sampling.sampler", config.sampling.sampler, list(SAMPLERS))
     for name in ("teacher", "guided", "progressive"):
         stage: OptimizationConfig = getattr(config, name)
-        _one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
+        fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
 
 
 def _check_ranges(config: Config) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill import config as configs
+from diffdistill import fields
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
 from diffdistill.evaluation.files import write_atomically
@@ -129,7 +130,7 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     there = before.get("config", {})
     with contextlib.suppress(configs.ConfigError):
         there = configs.to_dict(configs.resolve(there))  # a field that is younger than the run had its default
-    changes = configs.differences(trained(there), trained(record["config"]))
+    changes = fields.differences(trained(there), trained(record["config"]))
     if not changes and before.get("data") != record["data"]:
         changes = ["the images themselves are others than those that the run was started with"]
     if changes:

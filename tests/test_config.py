@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from diffdistill import chain, config
+from diffdistill import chain, config, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
 
@@ -191,5 +191,5 @@ def test_published_rows_have_the_published_sizes_and_chains(file, row):
 
 def test_differences_between_configs_name_the_field():
     one, other = config.to_dict(resolve(changed())), config.to_dict(resolve(changed(teacher={"batch_size": 7})))
-    assert config.differences(one, other) == ["config.teacher.batch_size: 128 -> 7"]
-    assert config.differences(one, one) == []
+    assert fields.differences(one, other) == ["config.teacher.batch_size: 128 -> 7"]
+    assert fields.differences(one, one) == []
