@@ -3,7 +3,8 @@
 Input is plain data, so that any chain can be reported:
 
 - results: records of results.py; read here are stage, num_steps, w, metric, value, sampler, seed, network_evaluations;
-- losses: lines of metrics.jsonl with stage, step and loss; other lines are ignored;
+- losses: lines of metrics.jsonl with stage, step and loss; other lines are ignored; loss_by_log_snr, where there is
+  one, holds the mean loss of equal bins of log-SNR over LOG_SNR_RANGE (null: no example);
 - grids: {"path", "stage", "num_steps", "w"}, optionally "caption";
 - facts: name -> value, shown as text;
 - costs: {"stage", "updates", "flops", "wall_seconds"} in the order of the chain; further fields become columns.
@@ -11,6 +12,7 @@ Input is plain data, so that any chain can be reported:
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from diffdistill.evaluation import page, plots, tables
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.tables import Block, Entry, Weight
 
+LOG_SNR_RANGE = (-20.0, 20.0)
 PLOTTED = ("frechet_to_data", "frechet_to_teacher")
 COST_COLUMNS = {"updates": "updates", "flops": "FLOP", "wall_seconds": "wall time"}
 EXPLANATION = (
@@ -149,6 +152,7 @@ def _grid(folder: Path, grid: Entry) -> str:
 
 
 def _losses(folder: Path, losses: Iterable[Entry]) -> str:
+    losses = list(losses)
     curves = plots.loss_curves(losses)
     if not curves:
         return page.missing("No loss curves recorded.")
@@ -157,7 +161,23 @@ def _losses(folder: Path, losses: Iterable[Entry]) -> str:
         light, dark = (plots.loss_plot(stage, steps, values, theme) for theme in (plots.LIGHT, plots.DARK))
         _save(folder / "plots" / f"loss_{stage or 'unnamed'}.png", light)
         content.append(page.figure(light, f"training loss of {stage}", dark=dark, width=plots.LOSS_WIDTH))
-    return page.figures(content, "small")
+    return page.figures(content, "small") + _losses_by_log_snr(losses)
+
+
+def _losses_by_log_snr(losses: Iterable[Entry]) -> str:
+    """Where on the way from noise (left) to data (right) each stage still errs, at its last logged update."""
+    last = {entry["stage"]: entry["loss_by_log_snr"] for entry in losses if entry.get("loss_by_log_snr")}
+    if not last:
+        return ""
+    count = max(len(values) for values in last.values())
+    low, high = LOG_SNR_RANGE
+    edges = [low + (high - low) * index / count for index in range(count + 1)]
+    head = ["loss by log-SNR", *(f"{a:g} to {b:g}" for a, b in itertools.pairwise(edges))]
+    rows = [
+        page.row([stage, *(page.ABSENT if value is None else tables.three_digits(value) for value in values)])
+        for stage, values in last.items()
+    ]
+    return page.table(head, rows)
 
 
 def _costs(costs: Sequence[Entry]) -> str:
