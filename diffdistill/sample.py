@@ -49,7 +49,8 @@ class Generator:
       name: the stage, for messages.
       denoiser, params, schedule: what it is made of.
       num_steps: the number of steps that it is meant for.
-      guidance_range: (w_min, w_max) of a w-conditioned model; None for a model that is guided by two evaluations.
+      guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
+      has_null_class: whether the null class was trained, so that two evaluations can guide the model.
       sampler, clip, variance_fraction, batch_size: defaults of `sample`.
     """
 
@@ -59,6 +60,7 @@ class Generator:
     schedule: Schedule
     num_steps: int
     guidance_range: tuple[float, float] | None = None
+    has_null_class: bool = False
     sampler: str = "ddim"
     clip: bool = True
     variance_fraction: float = 0.0
@@ -75,7 +77,7 @@ class Generator:
         num_steps: int | None = None,
         sampler: str | None = None,
         latents: np.ndarray | None = None,
-        progress: Callable[[int], None] = lambda done: None,
+        progress: Callable[[int], Any] = lambda done: None,
     ) -> Samples:
         """Images number seed, seed + 1, ..., seed + num - 1.
 
@@ -140,8 +142,11 @@ class Generator:
                     f"w is {w}, but stage {self.name} was distilled for guidance weights from {low} to {high} "
                     f"(w = 0 is no guidance; the other common scale is 1 + w)."
                 )
-        elif w != 0.0 and not self.denoiser.num_classes:
-            raise SampleError(f"w is {w}, but stage {self.name} has no classes to guide towards; use w = 0.")
+        elif w != 0.0 and not self.has_null_class:
+            raise SampleError(
+                f"w is {w}, but stage {self.name} cannot be guided: it was trained without classes or without dropping "
+                "them (config.teacher.label_dropout). Use w = 0."
+            )
 
     def _labels(self, seeds: np.ndarray, labels: Sequence[int | str] | np.ndarray | None) -> np.ndarray:
         classes = self.denoiser.num_classes
@@ -152,6 +157,8 @@ class Generator:
         given = np.array([self._class(label) for label in labels], np.int64)
         if not given.size or given.min() < 0 or given.max() >= classes:
             raise SampleError(f"labels are {given.tolist()}, but stage {self.name} knows classes 0 to {classes - 1}.")
+        if given.size > len(seeds):
+            raise SampleError(f"{given.size} labels were given for {len(seeds)} images; give at most one for each.")
         return given[np.arange(len(seeds)) % given.size].astype(np.int32)
 
     def _class(self, label: int | str) -> int:
@@ -263,6 +270,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         schedule=chain.schedule_of(config.process),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
+        has_null_class=stage.method == "teacher" and config.model.conditional and config.teacher.label_dropout > 0,
         sampler=config.sampling.sampler,
         clip=config.sampling.clip,
         variance_fraction=config.sampling.variance_fraction,
@@ -286,10 +294,14 @@ def to_files(
 ) -> None:
     """Samples a stage and writes <out>/samples.png and <out>/samples.npz; the arguments are those of the command line.
 
+    num = 0 means as many as there are latents, or 100.
+
     Raises:
       SampleError: latents that cannot be read, or anything that `Generator.sample` refuses.
       WorkdirError: a folder that cannot be written.
     """
+    from tqdm import tqdm
+
     generator = load(path)
     root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
     folder = Path(out) if out else root / "samples"
@@ -299,15 +311,19 @@ def to_files(
         raise workdir.WorkdirError(
             f"the folder {folder} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
         ) from error
-    samples = generator.sample(
-        num,
-        seed=seed,
-        labels=labels or None,
-        w=w,
-        num_steps=num_steps,
-        sampler=sampler,
-        latents=_read_latents(latents) if latents else None,
-    )
+    noise = _read_latents(latents) if latents else None
+    num = num or (100 if noise is None else len(noise))
+    with tqdm(total=num, desc="sampling", unit="image", delay=2, disable=None) as bar:
+        samples = generator.sample(
+            num,
+            seed=seed,
+            labels=labels or None,
+            w=w,
+            num_steps=num_steps,
+            sampler=sampler,
+            latents=noise,
+            progress=lambda done: bar.update(done - bar.n),
+        )
     if not meshes.is_main():
         return
     save_grid(folder / "samples.png", samples, generator, max(10, int(np.ceil(np.sqrt(num)))))

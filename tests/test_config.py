@@ -169,24 +169,61 @@ def test_an_unknown_row_is_refused_with_the_known_ones(file):
         module.get_config("cifar1000")
 
 
-PUBLISHED = {  # spec 01 and 02: (parameters in millions, output, first teacher's steps, rounds)
-    ("progressive", "cifar10"): (60.0, (32, 32, 3), 0, 13),
-    ("progressive", "imagenet64"): (295.9, (64, 64, 3), 1000, 10),
-    ("progressive", "lsun128"): (139.6, (128, 128, 3), 0, 10),
+CIFAR10, IMAGENET64, LSUN128 = ((32, 32, 3), 10), ((64, 64, 3), 1000), ((128, 128, 3), 0)
+PUBLISHED = {  # spec 01: millions of parameters, data, first teacher's steps, and the table of optimisation
+    ("progressive", "cifar10"): (60.0, CIFAR10, 8192, False, "x"),
+    ("progressive", "imagenet64"): (295.9, IMAGENET64, 1024, True, "both"),
+    ("progressive", "lsun128"): (139.6, LSUN128, 1024, False, "both"),
+    ("guided", "cifar10"): (None, CIFAR10, 1024, True, "v"),
+    ("guided", "imagenet64"): (None, IMAGENET64, 1024, True, "v"),
 }
 
 
 @pytest.mark.parametrize(("file", "row"), PUBLISHED)
 def test_published_rows_have_the_published_sizes_and_chains(file, row):
-    millions, shape, classes, rounds = PUBLISHED[file, row]
-    settings = importlib.import_module(f"configs.{file}").get_config(row)
-    settings.data.path = "/data"
-    resolved = resolve(settings)
+    millions, (shape, classes), start, conditional, output = PUBLISHED[file, row]
+    resolved = resolve(importlib.import_module(f"configs.{file}").get_config(row))
     stages = chain.plan(resolved)
-    parameters = chain.denoiser_of(resolved, stages[0], chain.DataFacts(shape, classes)).num_parameters()
-    assert round(parameters / 1e6, 1) == millions
-    assert len(stages) == 1 + rounds
-    assert [stage.num_updates for stage in stages[-3:]] == [50_000, 100_000, 100_000]
+    if millions:
+        parameters = chain.denoiser_of(resolved, stages[0], chain.DataFacts(shape, classes)).num_parameters()
+        assert round(parameters / 1e6, 1) == millions
+    assert (resolved.data.image_shape, resolved.data.num_classes) == (shape, classes)
+    assert resolved.data.flip
+    assert (resolved.model.conditional, resolved.model.prediction) == (conditional, output)
+    rounds = [stage for stage in stages if stage.method == "progressive"]
+    assert [stage.num_steps for stage in rounds] == [start >> k for k in range(1, start.bit_length())]
+    assert [stage.num_updates for stage in rounds[-3:]] == [50_000, 100_000, 100_000]
+
+
+OPTIMISATION = {  # spec 01 and 02: batch, rate, warm-up, anneal, weight decay, EMA, dropout, weight
+    ("progressive", "cifar10", "teacher"): (128, 2e-4, 1000, "constant", 1e-3, 0.9999, 0.2, "snr_trunc"),
+    ("progressive", "cifar10", "progressive"): (128, 5e-5, 0, "linear", 0.0, 0.0, 0.0, "snr_trunc"),
+    ("progressive", "imagenet64", "teacher"): (2048, 3e-4, 1000, "constant", 0.0, 0.9999, 0.1, "snr_trunc"),
+    ("progressive", "imagenet64", "progressive"): (2048, 1e-4, 0, "linear", 0.0, 0.0, 0.0, "snr_trunc"),
+    ("progressive", "lsun128", "teacher"): (2048, 3e-4, 1000, "constant", 0.0, 0.9999, 0.1, "snr_trunc"),
+    ("progressive", "lsun128", "progressive"): (2048, 1e-4, 0, "linear", 0.0, 0.0, 0.0, "snr_trunc"),
+    ("guided", "cifar10", "guided"): (128, 1e-4, 0, "constant", 0.0, 0.9999, 0.0, "snr"),
+    ("guided", "cifar10", "progressive"): (128, 1e-4, 0, "linear", 0.0, 0.0, 0.0, "snr_trunc"),
+    ("guided", "imagenet64", "guided"): (2048, 3e-4, 0, "constant", 0.0, 0.9999, 0.0, "snr"),
+    ("guided", "imagenet64", "progressive"): (256, 1e-4, 0, "linear", 0.0, 0.0, 0.0, "snr_trunc"),
+}
+
+
+@pytest.mark.parametrize(("file", "row", "stage"), OPTIMISATION)
+def test_published_rows_train_as_published(file, row, stage):
+    found = getattr(resolve(importlib.import_module(f"configs.{file}").get_config(row)), stage)
+    assert (
+        found.batch_size,
+        found.learning_rate,
+        found.warmup_updates,
+        found.anneal,
+        found.weight_decay,
+        found.ema_decay,
+        found.dropout,
+        found.weight,
+    ) == OPTIMISATION[file, row, stage]
+    assert found.gradient_clip == 1.0
+    assert not found.stratified_times
 
 
 def test_differences_between_configs_name_the_field():

@@ -149,3 +149,15 @@ def test_files_that_cannot_be_read_or_written_are_named(smoke_run, tmp_path):
             write(smoke_run.path, tmp_path, latents=str(tmp_path / name))
     with pytest.raises(WorkdirError, match=r"cannot be written.*--out"):
         write(smoke_run.path, tmp_path / "text.npy" / "out")
+
+
+def test_a_model_without_a_trained_null_class_cannot_be_guided(smoke_run):
+    teacher = dataclasses.replace(diffdistill.load(smoke_run.path, "teacher"), has_null_class=False)
+    assert teacher.sample(2, w=0.0, num_steps=1).network_evaluations == 1
+    with pytest.raises(SampleError, match="cannot be guided"):
+        teacher.sample(2, w=1.0, num_steps=1)
+
+
+def test_more_labels_than_images_are_refused(smoke_run):
+    with pytest.raises(SampleError, match="3 labels were given for 2 images"):
+        diffdistill.load(smoke_run.path).sample(2, labels=[1, 2, 3])

@@ -100,7 +100,7 @@ def test_without_guidance_the_student_has_nothing_to_learn(teacher_params, batch
     assert float(metrics["loss"]) < 1e-9
 
 
-def test_halving_of_a_linear_denoiser_reaches_the_target_of_the_samplers(batch):
+def test_the_loss_of_a_round_is_the_distance_to_the_target_of_the_samplers(batch):
     """The loss of a round is the distance to ddim.two_step_target at the N times of the student, and nothing else."""
     model = denoiser(num_classes=0)
     params = randomised(model.init(jax.random.key(1)))
@@ -120,6 +120,31 @@ def test_halving_of_a_linear_denoiser_reaches_the_target_of_the_samplers(batch):
     x_hat = model(params, z, SCHEDULE.log_snr(t), Condition())
     losses = weighting.get("snr_trunc")(SCHEDULE.log_snr(t)) * jnp.mean(jnp.square(x_hat - target), axis=(1, 2, 3))
     np.testing.assert_allclose(metrics["loss"], jnp.mean(losses), rtol=1e-3)
+
+
+def test_student_and_teacher_of_a_round_get_the_same_label_and_guidance_weight(batch):
+    """A network that shows w and the label: were either drawn twice, the student would miss the teacher's output."""
+
+    class Shown(nn.Module):
+        num_classes: int = CLASSES
+        output_channels: int = 1
+        guidance_embedding: str = "mapped"
+
+        @nn.compact
+        def __call__(self, inputs, time, label=None, guidance=None, *, deterministic=True):
+            scale = self.param("scale", nn.initializers.ones, ())
+            return scale * jnp.broadcast_to((guidance + label)[:, None, None, None], inputs.shape)
+
+    model = Denoiser(Shown(), parameterisation.get("x"), CLASSES, (4, 4, 1))
+    method = halving(model, SCHEDULE, weighting.get("constant"), UPDATER, guidance_range=(0.0, 4.0))
+    teacher_params = model.init(jax.random.key(0))
+    state = method.init(jax.random.key(0), {"teacher": teacher_params})
+    for seed in range(3):
+        _, metrics = method.step(state, {"teacher": teacher_params}, batch, jax.random.key(seed), ARGUMENTS)
+        assert float(metrics["loss"]) < 1e-8  # a constant x_hat is its own target
+    twice = jax.tree.map(lambda leaf: 2 * leaf, teacher_params)
+    _, metrics = method.step(state, {"teacher": twice}, batch, jax.random.key(0), ARGUMENTS)
+    assert float(metrics["loss"]) > 0.1
 
 
 def test_a_round_sees_every_step_of_the_student_and_no_other():
