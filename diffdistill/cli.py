@@ -54,6 +54,8 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")
     flags.DEFINE_integer("num_processes", 0, "distributed: number of processes (default: from the cluster).")
     flags.DEFINE_integer("process_id", -1, "distributed: number of this process (default: from the cluster).")
+    for flag in FLAGS.flags_by_module_dict().get(__name__, []):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --helpshort shows them
 
 
 def main() -> None:
