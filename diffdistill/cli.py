@@ -232,7 +232,7 @@ def _train(interrupt: Any) -> None:
 def _evaluate(interrupt: Any) -> None:
     from diffdistill import evaluate, runner, workdir
     from diffdistill.data.pipeline import in_memory
-    from diffdistill.report import save_overview, write_report
+    from diffdistill.report import save_overview, stage_costs, write_report
     from diffdistill.training.mesh import is_main
 
     config = _config()
@@ -241,9 +241,10 @@ def _evaluate(interrupt: Any) -> None:
         folder = folder.measured_as(config)
     source = in_memory(runner.open_data(folder.config)[0])
     evaluate.evaluate(folder, source, interrupt, say=_say)
+    costs = list(stage_costs(folder))  # on every process: checkpoints are opened by all together
     if is_main():
         save_overview(folder, source)
-        table, page = write_report(folder)
+        table, page = write_report(folder, costs)
         _say(f"{table}\nReport: {page}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ from diffdistill.workdir import Workdir
 _GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)\.png")
 
 
-def write_report(folder: Workdir) -> tuple[str, Path]:
+def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str, Path]:
     """Writes report.html and its pictures into a run's folder; returns the tables for the terminal and the page's path.
 
-    Works on an unfinished run too: what is not there yet is shown as missing.
+    `costs` are those of `stage_costs`. Works on an unfinished run too: what is not there yet is shown as missing.
     """
     measured = results.read(folder.path / RESULTS)
-    costs = list(stage_costs(folder))
     page = write_page(
         folder.path / "report.html",
         title=f"diffdistill: {folder.config.name}",

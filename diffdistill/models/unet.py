@@ -87,7 +87,7 @@ class UNet(nn.Module):
     middle always. Between levels a residual block halves (mean) or doubles (nearest) the resolution; it keeps the
     width and has no attention. Parameters are float32; `dtype` is what the blocks compute in, while statistics,
     softmax, embeddings, the last convolution and the output stay float32. `remat` recomputes each block in the
-    backward pass: less memory, same parameters and same values.
+    backward pass: less memory, same parameters, same values to rounding.
 
     num_heads, head_dim: give one of them (neither: one head). num_classes: 0 is an unconditional network; label
     num_classes is the null class (one-hot of all zeros). guidance_embedding: "none", "mapped" (sinusoids of

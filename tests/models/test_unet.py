@@ -127,7 +127,8 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients():
 
     (_, output), grads = run(plain)
     (_, output_remat), grads_remat = run(remat)
-    np.testing.assert_array_equal(output, output_remat)
+    # To rounding: XLA fuses the two programs differently (bit-equal with jax 0.10, not with 0.12).
+    np.testing.assert_allclose(output, output_remat, rtol=1e-5, atol=1e-6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), grads, grads_remat)
 
 
