@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+ACKNOWLEDGEMENT = "Stopping after this update and saving; the same signal again stops at once."
+
 
 class Interrupt:
     """Remembers that somebody asked the run to stop. `reason` is the signal's name, or None."""
@@ -46,7 +48,7 @@ def catch_signals() -> Iterator[Interrupt]:
             return
         interrupt.request(signal.Signals(number).name)
         # os.write: a handler may run in the middle of a print.
-        os.write(2, b"\nStopping after this update and saving; the same signal again stops at once.\n")
+        os.write(2, b"\n" + ACKNOWLEDGEMENT.encode() + b"\n")
 
     previous = {number: signal.signal(number, handle) for number in defaults}
     try:
