@@ -19,7 +19,7 @@ from diffdistill.evaluation.report import write_report as write_page
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.workdir import Workdir
 
-_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)\.png")
+_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)(?:_(?P<sampler>.+))?\.png")
 
 
 def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str, Path]:
@@ -114,6 +114,9 @@ def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
                 "num_steps": int(match["steps"]),
                 "w": float(path.parent.name[1:]),
             }
+            if match["sampler"]:
+                label = tables.row_label(match["stage"], int(match["steps"]), match["sampler"])
+                entry["caption"] = label
             found.append((entry["w"], order[match["stage"]], -entry["num_steps"], entry))
     yield from (entry for *_, entry in sorted(found, key=lambda item: item[:3]))
 

@@ -23,7 +23,7 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.tables import Block, Entry, Weight
 
 LOG_SNR_RANGE = (-20.0, 20.0)
-PLOTTED = ("frechet_to_data", "frechet_to_teacher")
+PLOTTED = ("fid", *tables.DOMAIN)
 COST_COLUMNS = {"updates": "updates", "flops": "FLOP", "wall_seconds": "wall time"}
 EXPLANATION = (
     "Frechet distances are measured in the features of a small classifier trained on the same data; they compare "
@@ -31,6 +31,11 @@ EXPLANATION = (
     "teacher's own samples at its full number of steps with the same guidance weight: what distillation must "
     "preserve, since guidance moves away from the data by design. Paired RMSE starts both models from the same noise "
     "and is in units of the [-1, 1] pixel range. The best value of a column is shaded."
+)
+EXPLANATION_FID = (
+    "FID and its relatives compare the samples with reference statistics in the features of the Inception network; "
+    "evaluation/results.jsonl says with every figure which protocol, weights and reference it belongs to. "
+    "The best value of a column is shaded."
 )
 
 
@@ -52,7 +57,10 @@ def write_report(
     folder = path.parent
     arranged = tables.arrange(results)
     if arranged:
-        _save(folder / "distance.png", plots.overview_plot(arranged, PLOTTED))
+        present = {block.metric.name for blocks in arranged.values() for block in blocks}
+        plotted = [name for name in PLOTTED if name in present]
+        if plotted:
+            _save(folder / "distance.png", plots.overview_plot(arranged, plotted))
     weights: list[Weight] = list(arranged)
     weights += [w for w in dict.fromkeys(_weight(grid) for grid in grids) if w not in arranged]
     sections = [
@@ -71,7 +79,7 @@ def write_report(
     links += [("costs", "cost"), ("losses", "losses"), ("run", "run")]
     content = [
         f"<header><h1>{page.escape(title)}</h1>",
-        page.paragraph(EXPLANATION) if arranged else "",
+        page.paragraph(EXPLANATION if tables.any_domain(arranged) else EXPLANATION_FID) if arranged else "",
         page.tiles(_highlights(costs)),
         "</header>",
         *sections,

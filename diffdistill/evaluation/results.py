@@ -112,6 +112,24 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
     return records
 
 
+def read_all(paths: Iterable[str | os.PathLike[str]]) -> list[Record]:
+    """The records of several files, and of every results.jsonl in a folder or below it.
+
+    Raises ResultsError where a path does not exist or a file cannot be read.
+    """
+    records = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(path.rglob("results.jsonl"))
+        elif path.exists():
+            files = [path]
+        else:
+            raise ResultsError(f"{path} does not exist; give results.jsonl files, or folders that hold them")
+        for file in files:
+            records += read(file)
+    return records
+
+
 def key(entry: Mapping[str, Any]) -> Key:
     """What identifies a measurement: the fields of `IDENTITY`, w as a float so that 1 and 1.0 are one."""
     return tuple(

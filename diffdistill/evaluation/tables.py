@@ -32,8 +32,16 @@ METRICS = {
         Metric("frechet_to_teacher", "Frechet distance to teacher"),
         Metric("paired_rmse_to_teacher", "Paired RMSE to teacher"),
         Metric("class_accuracy", "Class accuracy", lower_is_better=False, percent=True),
+        Metric("fid", "FID"),
+        Metric("sfid", "sFID"),
+        Metric("is", "Inception score", lower_is_better=False),
+        Metric("kid", "KID"),
+        Metric("precision", "Precision", lower_is_better=False),
+        Metric("recall", "Recall", lower_is_better=False),
     )
 }
+DOMAIN = ("frechet_to_data", "frechet_to_teacher")
+NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
 DISTILLED = "distilled students"
 _SAMPLERS = {"ddim": "DDIM"}
 _ROUND = re.compile(r"round_\d+_steps_(\d+)")
@@ -136,8 +144,18 @@ def terminal_table(results: Iterable[Entry]) -> str:
                     cells.append(f"{block.text(row, step):>9}" + ("*" if row in block.best(step) else " "))
                 lines.append(("    " + row.label).ljust(margin) + "".join(cells))
         lines.append("")
-    lines.append("* best of its column. Distances in the features of a small classifier of the same data, not FID.")
+    lines.append("* best of its column." + (f" {NOT_FID}" if any_domain(arranged) else ""))
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def any_domain(arranged: Mapping[Weight, Sequence[Block]]) -> bool:
+    """Whether a distance in domain features is among the results, which a reader could take for FID."""
+    return any(block.metric.name in DOMAIN for blocks in arranged.values() for block in blocks)
+
+
+def title(metric: str) -> str:
+    """What a metric is called in front of a person."""
+    return METRICS.get(metric, Metric(metric, metric)).title
 
 
 def cost_ratios(costs: Sequence[Entry], reference: str = "teacher") -> dict[str, float]:

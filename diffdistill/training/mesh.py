@@ -105,6 +105,31 @@ def shard_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
 
 
+def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """This process's rows of an array that is sharded along its first axis: (their numbers (R,), their values (R, ...))."""
+    parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
+    numbers = [np.arange(start, start + len(values)) for start, values in sorted(parts.items())]
+    return np.concatenate(numbers), np.concatenate([values for _, values in sorted(parts.items())])
+
+
+def all_rows(array: jax.Array) -> np.ndarray:
+    """The whole of an array that is sharded along its first axis, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def wait_for_all(where: str) -> None:
+    """Returns once every process has come here. No-op on a single process."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(where)
+
+
 def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
     """`tree` on every device. Every process must hold equal values.
 

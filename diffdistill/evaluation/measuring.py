@@ -1,0 +1,162 @@
+"""From images to figures: the feature network on all devices, statistics of a source, and what both give together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffdistill.data.contract import Source
+from diffdistill.data.pipeline import gather
+from diffdistill.evaluation import inception, metrics, reference, scores, stream
+from diffdistill.evaluation.inception import FeatureExtractor
+from diffdistill.evaluation.reference import Reference
+from diffdistill.evaluation.stream import Chunk, ImageStatistics, Pace, Partial
+from diffdistill.training import mesh as meshes
+from diffdistill.training.interrupt import Interrupt
+
+IMAGES_PER_DEVICE = 64  # that pass through the feature network at once
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The Inception network, compiled for all devices of all processes."""
+
+    extractor: FeatureExtractor
+    variables: Any
+
+    def extract(self, images: jax.Array) -> Mapping[str, jax.Array]:
+        """images (B, H, W, 1 or 3) uint8, sharded by rows -> the arrays of stream.TAPS, (B, d) float32, sharded alike."""
+        return _extract(self.extractor.protocol)(self.variables, images)
+
+    def text(self) -> str:
+        """Protocol and weights in words."""
+        return f"inception {self.extractor.protocol}, weights {self.extractor.weights_sha256[:12]}"
+
+    def facts(self) -> dict[str, Any]:
+        """What a record of results says about the network."""
+        return {"features": "inception", "weights_sha256": self.extractor.weights_sha256}
+
+    def read_reference(self, path: str, stated_protocol: str) -> Reference:
+        """Reference statistics from a file, checked to be of this network and protocol. Raises StatisticsError."""
+        return reference.read(
+            path,
+            protocol=self.extractor.protocol,
+            stated_protocol=stated_protocol,
+            weights_sha256=self.extractor.weights_sha256,
+        )
+
+    def reference_of(self, source: Source, limit: int, capacity: int, cache: Path, interrupt: Interrupt) -> Reference:
+        """Reference statistics of a data source: read from `cache`, or computed and written there.
+
+        Args:
+          source: any images.
+          limit: how many of them, thinned out evenly; 0: all.
+          capacity: how many keep their features.
+          cache: folder, seen by all processes; also for what a killed computation had.
+          interrupt: looked at after every chunk.
+
+        Raises:
+          EvaluationInterrupted: a signal arrived; the same call continues.
+        """
+        chosen = np.arange(len(source))
+        if limit and limit < len(source):
+            chosen = np.linspace(0, len(source) - 1, limit).astype(np.int64)
+        identity = f"{self.text()} {source.fingerprint()} {len(chosen)} {capacity}"
+        partial = Partial(cache, identity)
+        path = partial.path.with_suffix(".npz")
+        if not path.exists():
+            statistics, _ = self.statistics_of(source, chosen, capacity, partial, interrupt)
+            if meshes.is_main():
+                provenance = {
+                    "protocol": self.extractor.protocol,
+                    "weights_sha256": self.extractor.weights_sha256,
+                    "source": source.name,
+                    "fingerprint": source.fingerprint(),
+                    "image_shape": list(source.image_shape),
+                }
+                reference.write(path, reference.of_statistics(statistics, provenance))
+                partial.remove()
+            meshes.wait_for_all("reference statistics are written")
+        return self.read_reference(str(path), "")
+
+    def statistics_of(
+        self, source: Source, chosen: np.ndarray, capacity: int, partial: Partial, interrupt: Interrupt
+    ) -> tuple[ImageStatistics, Pace | None]:
+        """Passes the images with the numbers `chosen` through the network; see stream.accumulate."""
+        mesh = meshes.make_mesh()
+        size = mesh.size * IMAGES_PER_DEVICE
+        rows = slice(*meshes.process_slice(size))
+
+        def chunks(first: int) -> Iterator[Chunk]:
+            for start in range(first, len(chosen), size):
+                places = np.minimum(np.arange(start, start + size), len(chosen) - 1)
+                images = gather(source, chosen[places[rows]])["image"]
+                yield Chunk(meshes.shard_batch(mesh, images), start, min(start + size, len(chosen)))
+
+        title = f"statistics of {source.name}"
+        nothing = stream.empty(len(chosen), capacity)
+        return stream.accumulate(chunks, self.extract, nothing, len(chosen), partial, interrupt, title)
+
+
+def load(path: str, protocol: str, accept_sha256: str) -> Network:
+    """The network from a file, by default the one of the environment variable or the cache. Raises WeightsError."""
+    extractor = inception.load(path, protocol, accept_sha256)
+    return Network(extractor, meshes.replicate(meshes.make_mesh(), extractor.variables, copy=False))
+
+
+@functools.cache
+def _extract(protocol: str) -> Any:
+    mesh = meshes.make_mesh()
+    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
+    return jax.jit(
+        lambda variables, images: inception.apply(variables, images, protocol, stream.TAPS),
+        in_shardings=(everywhere, rows),
+        out_shardings=rows,
+    )
+
+
+def metrics_against(against: Reference) -> tuple[str, ...]:
+    """The metrics that these reference statistics allow."""
+    absent = set()
+    if against.spatial_mean is None:
+        absent |= {"sfid"}
+    if against.features is None:
+        absent |= {"kid", "precision", "recall"}
+    return tuple(name for name in METRICS if name not in absent)
+
+
+def figures(
+    statistics: ImageStatistics, against: Reference, wanted: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """({metric: value}, {metric: standard deviation over parts of the samples}) of the metrics `wanted`.
+
+    KID is given as it is; papers print it times 1000. Precision and recall are fractions.
+    """
+    values: dict[str, float] = {}
+    spreads: dict[str, float] = {}
+    own = statistics.features.rows()
+    if "fid" in wanted:
+        pool = statistics.pool
+        values["fid"] = metrics.frechet_distance(pool.mean(), pool.covariance(), against.mean, against.covariance)
+    if "sfid" in wanted:
+        spatial = statistics.spatial
+        values["sfid"] = metrics.frechet_distance(
+            spatial.mean(), spatial.covariance(), against.spatial_mean, against.spatial_covariance
+        )
+    if "is" in wanted:
+        values["is"], spreads["is"] = scores.inception_score(statistics.scores)
+    if "kid" in wanted:
+        size = min(KID_SUBSET_SIZE, len(own), len(against.features))
+        values["kid"], spreads["kid"] = scores.kid(own, against.features, num_subsets=KID_SUBSETS, subset_size=size)
+    if "precision" in wanted or "recall" in wanted:
+        precision, recall = scores.precision_recall(against.features, own)
+        values |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in wanted}
+    return values, spreads

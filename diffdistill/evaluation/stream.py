@@ -1,0 +1,231 @@
+"""Images pass through the feature network chunk by chunk; what stays is statistics and a capped set of features.
+
+Every process of a job counts the rows that lie on its own devices. Every few minutes, and when a signal arrives, each
+writes what it has; a killed evaluation goes on from there, on any number of processes, to the same figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffdistill.evaluation import moments, scores
+from diffdistill.evaluation.files import write_atomically
+from diffdistill.evaluation.moments import Moments, Reservoir
+from diffdistill.evaluation.scores import ScoreSums
+from diffdistill.training import mesh as meshes
+from diffdistill.training.interrupt import Interrupt
+from diffdistill.training.progress import make_progress
+
+SAVE_SECONDS = 120.0  # between two saves: a save writes about 0.15 GB
+POOL, SPATIAL, LOGITS = "2048", "sfid", "logits_unbiased"
+TAPS = (POOL, SPATIAL, LOGITS)
+
+
+class EvaluationInterrupted(Exception):
+    """A signal arrived; what was measured before is kept."""
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(
+            f"Evaluation stopped by {reason or 'a signal to another process'}; what was measured is kept. Start the same command again to continue."
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images number first, ..., stop - 1 of a set in the first rows of `images` (B, H, W, C) uint8; the rest is padding.
+
+    `images` is sharded over all devices of all processes.
+    """
+
+    images: jax.Array
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """What is kept of a set of images.
+
+    Attributes:
+      pool: moments of the 2048 pooled features, for FID.
+      spatial: moments of the 2023 spatial features, for sFID.
+      scores: sums of class probabilities, for the inception score.
+      features: a capped random subset of the pooled features, for KID, precision and recall.
+    """
+
+    pool: Moments
+    spatial: Moments
+    scores: ScoreSums
+    features: Reservoir
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Where the time of one chunk went, in seconds per image: making it, its features, adding them up."""
+
+    making: float
+    features: float
+    adding: float
+
+    def text(self) -> str:
+        """One line for a person."""
+        whole = self.making + self.features + self.adding
+        return (
+            f"{1 / whole:.3g} images/s: making them {100 * self.making / whole:.0f} % of the time, feature network "
+            f"{100 * self.features / whole:.0f} % ({1 / self.features:.3g} images/s), statistics "
+            f"{100 * self.adding / whole:.0f} %"
+        )
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Where an accumulation that may be killed keeps what it has; `identity` is everything that the result depends on."""
+
+    folder: Path
+    identity: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
+
+    def load(self, empty: ImageStatistics) -> tuple[int, ImageStatistics]:
+        """(images done, what this process starts from): all of it on the main process, nothing on the others."""
+        done = max((int(path.parent.name) for path in self.path.glob("*/complete")), default=0)
+        done = int(meshes.from_main(np.array(done, np.int32)))  # one looks, all act alike
+        if not done or not meshes.is_main():
+            return done, empty
+        return done, self._merged(done)
+
+    def save(self, done: int, statistics: ImageStatistics) -> None:
+        """Writes this process's share of the first `done` images. All processes call it together."""
+        folder = self.path / str(done)
+        arrays = to_arrays(statistics)
+        write_atomically(folder / f"process_{jax.process_index():04d}.npz", lambda file: np.savez(file, **arrays))
+        meshes.wait_for_all("statistics are written")
+        if meshes.is_main():
+            count = jax.process_count()
+            write_atomically(folder / "complete", lambda file: file.write(json.dumps({"processes": count}).encode()))
+            for other in self.path.iterdir():
+                if other != folder:
+                    shutil.rmtree(other)
+
+    def collect(self, done: int, statistics: ImageStatistics) -> ImageStatistics:
+        """The statistics of all processes together, on the main one; the others get their own share back."""
+        if jax.process_count() == 1:
+            return statistics
+        self.save(done, statistics)
+        return self._merged(done) if meshes.is_main() else statistics
+
+    def remove(self) -> None:
+        """Deletes the saved state, once the figures themselves are written."""
+        if meshes.is_main():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _merged(self, done: int) -> ImageStatistics:
+        folder = self.path / str(done)
+        count = json.loads((folder / "complete").read_text())["processes"]
+        parts = []
+        for index in range(count):
+            with np.load(folder / f"process_{index:04d}.npz", allow_pickle=False) as file:
+                parts.append(from_arrays(file))
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = merge(merged, part)
+        return merged
+
+
+def accumulate(
+    chunks: Callable[[int], Iterator[Chunk]],
+    extract: Callable[[jax.Array], Mapping[str, jax.Array]],
+    empty: ImageStatistics,
+    num: int,
+    partial: Partial,
+    interrupt: Interrupt,
+    title: str,
+) -> tuple[ImageStatistics, Pace | None]:
+    """Passes images 0, ..., num - 1 through the feature network.
+
+    Args:
+      chunks: from the number of the first image still to do to the chunks from there on.
+      extract: images (B, H, W, C) uint8 -> the arrays of TAPS, (B, d) each, sharded as the images are.
+      empty: statistics of nothing yet.
+      num: how many images there are.
+      partial: where to keep what a kill must not lose. The caller removes it once it has written its results.
+      interrupt: looked at after every chunk.
+      title: of the progress display.
+
+    Returns:
+      The statistics of all images (on the main process; elsewhere a share of them), and the pace of one chunk.
+
+    Raises:
+      EvaluationInterrupted: a signal arrived; everything up to the last chunk is saved.
+      ValueError: features that are not finite.
+    """
+    done, statistics = partial.load(empty)
+    if done >= num:  # only the writing of the results was left
+        return statistics, None
+    progress = make_progress(title, done, num, unit="image")
+    in_flight: deque[tuple[Chunk, Mapping[str, jax.Array]]] = deque()
+    saved, number, pace = time.monotonic(), 0, None
+
+    def absorb() -> None:
+        nonlocal statistics, done
+        chunk, taps = in_flight.popleft()
+        statistics = add(statistics, chunk, taps)
+        done = chunk.stop
+        progress.advance(done, {})
+
+    source = chunks(done)
+    try:
+        while done < num:
+            start = time.monotonic()
+            chunk = next(source, None)
+            if chunk is not None:
+                if number == 1:  # the programs are compiled: this one chunk is timed step by step
+                    jax.block_until_ready(chunk.images)
+                    made = time.monotonic()
+                    taps = jax.block_until_ready(extract(chunk.images))
+                    extracted = time.monotonic()
+                    in_flight.append((chunk, taps))
+                    absorb()
+                    count = chunk.images.shape[0]
+                    pace = Pace(
+                        (made - start) / count, (extracted - made) / count, (time.monotonic() - extracted) / count
+                    )
+                else:
+                    in_flight.append((chunk, extract(chunk.images)))
+                number += 1
+            # The devices work on the newest chunk while the host adds up the one before. The first two are not
+            # overlapped, so that the second can be timed.
+            while in_flight and (len(in_flight) > 1 or chunk is None or number < 2):
+                absorb()
+            due = time.monotonic() - saved > SAVE_SECONDS
+            if done < num and meshes.any_process(due or interrupt.requested):
+                while in_flight:
+                    absorb()
+                partial.save(done, statistics)
+                saved = time.monotonic()
+                if meshes.any_process(interrupt.requested):
+                    raise EvaluationInterrupted(interrupt.reason)
+    finally:
+        progress.close()
+    return partial.collect(done, statistics), pace
+
+
+def empty(num: int, capacity: int) -> ImageStatistics:
+    """Statistics of nothing yet, for a set of `num` images of which `capacity` keep their features."""
+    return ImageStatistics(
+        moments.empty_moments(2048), moments.empty_moments(2023), scores.empty(num), moments.Reservoir.empty(capacity)
+    )

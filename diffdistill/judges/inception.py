@@ -1,0 +1,101 @@
+"""FID, sFID, KID, inception score, precision and recall of generated samples, streamed through the Inception network."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffdistill.config import Config, EvaluationConfig
+from diffdistill.data.contract import Source
+from diffdistill.evaluation import inception, measuring, stream
+from diffdistill.evaluation.measuring import Network
+from diffdistill.evaluation.reference import Reference
+from diffdistill.evaluation.stream import Chunk, Partial
+from diffdistill.judges.contract import Figures, Measurement
+from diffdistill.sample import Generator, Samples
+from diffdistill.training import mesh as meshes
+from diffdistill.training.interrupt import Interrupt
+from diffdistill.workdir import Workdir
+
+SHOWN = 200  # images of every measurement that are kept for pictures
+
+
+class InceptionJudge:
+    """Compares samples with reference statistics; holds statistics and a capped set of features, never the samples."""
+
+    needs_reference = False
+
+    def __init__(self, folder: Workdir, network: Network, reference: Reference, say: Callable[[str], Any]) -> None:
+        self._folder, self._network, self._reference, self._say = folder, network, reference, say
+
+    def protocol(self, generator: Generator) -> str:
+        """Protocol, weights, reference and the sampler's settings."""
+        return f"{self._network.text()}, reference {self._reference.digest()}, {generator.settings_text()}"
+
+    def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
+        """What the reference allows."""
+        del item, generator
+        return measuring.metrics_against(self._reference)
+
+    def measure(
+        self, item: Measurement, generator: Generator, wanted: Sequence[str], digest: str, interrupt: Interrupt
+    ) -> Figures:
+        """See Judge; saves every few minutes, and goes on from there."""
+        evaluation = self._folder.config.evaluation
+        settings = {"seed": item.seed, "w": item.w, "num_steps": item.num_steps, "sampler": item.sampler}
+        shown = generator.sample(min(SHOWN, evaluation.num_samples), **settings)
+        start = time.monotonic()
+        if not wanted:
+            return Figures({}, shown, time.monotonic() - start)
+
+        def chunks(first: int) -> Iterator[Chunk]:
+            return generator.stream(evaluation.num_samples, first=first, **settings)
+
+        identity = json.dumps([item.text(), item.seed, digest, evaluation.num_samples, evaluation.reservoir])
+        partial = Partial(self._folder.path / "evaluation" / "partial", f"{identity} {self.protocol(generator)}")
+        statistics, pace = stream.accumulate(
+            chunks,
+            self._network.extract,
+            stream.empty(evaluation.num_samples, evaluation.reservoir),
+            evaluation.num_samples,
+            partial,
+            interrupt,
+            f"evaluation: {item.text()}",
+        )
+        seconds = time.monotonic() - start
+        facts = {**self._network.facts(), **self._reference.facts(), "quantisation": generator.quantisation}
+        if not meshes.is_main():
+            return Figures({}, shown, seconds, facts=facts)
+        values, spreads = measuring.figures(statistics, self._reference, wanted)
+        if pace is not None:
+            self._say(f"{item.text()}: {pace.text()}")
+        return Figures(values, shown, seconds, spreads, facts, partial.remove)
+
+
+def make(
+    folder: Workdir, source: Source, weights: str, interrupt: Interrupt, say: Callable[[str], Any]
+) -> InceptionJudge:
+    """Loads the network, and reads or computes the reference statistics.
+
+    Raises:
+      WeightsError, StatisticsError, EvaluationInterrupted: see evaluation.measuring.
+    """
+    evaluation = folder.config.evaluation
+    network = load_network(evaluation, weights)
+    if evaluation.reference:
+        reference = network.read_reference(evaluation.reference, evaluation.reference_protocol)
+    else:
+        reference = network.reference_of(
+            source, evaluation.reference_images, evaluation.reservoir, folder.path / "evaluation" / "cache", interrupt
+        )
+    say(f"evaluation: {network.text()}, against {reference.text()}")
+    return InceptionJudge(folder, network, reference, say)
+
+
+def load_network(evaluation: EvaluationConfig, weights: str) -> Network:
+    """The Inception network of a config. Raises WeightsError."""
+    return measuring.load(weights, evaluation.protocol, evaluation.inception_sha256)
