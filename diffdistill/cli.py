@@ -31,11 +31,11 @@ def define_flags() -> None:
         "mode",
         "run",
         list(MODES),
-        "run: train every stage, evaluate, report. train: stages only. evaluate: measure finished stages and report, or "
-        "images made elsewhere (--images). plan: show what a run would do. sample: images from a stage. prepare: images "
-        "-> ArrayRecord (--config.data.image_size and --config.data.channels convert). statistics: of the images of "
-        "--config.data, for later evaluations. table: published figures beside measured ones. fetch-weights: the "
-        "Inception network.",
+        "run: train every stage, evaluate, report. train: stages only. evaluate: measure finished stages and report, "
+        "or images made elsewhere (--images). plan: show what a run would do. sample: images from a stage. prepare: "
+        "images -> ArrayRecord (--config.data.image_size and --config.data.channels convert). statistics: of the "
+        "images of --config.data, for later evaluations. table: published figures beside measured ones. "
+        "fetch-weights: the Inception network.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -52,8 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out",
         "",
-        "sample: folder for samples.png and samples.npz (default <workdir>/samples). statistics: the .npz file to write. "
-        "table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl.",
+        "sample: folder for samples.png and samples.npz (default <workdir>/samples). statistics: the .npz file to "
+        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl.",
     )
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
@@ -181,7 +181,7 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.evaluation.published import TableError
     from diffdistill.evaluation.reference import StatisticsError
     from diffdistill.evaluation.results import ResultsError
-    from diffdistill.evaluation.stream import EvaluationInterrupted
+    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
     from diffdistill.sample import SampleError
     from diffdistill.training import mesh
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
@@ -211,7 +211,15 @@ def _main(arguments: list[str]) -> None:
             _fail(str(error), EXIT_NOT_FINITE)
         except (ConfigError, SampleError, TableError) as error:
             _fail(str(error), EXIT_USAGE)
-        except (DataError, WorkdirError, TrainingError, ResultsError, StatisticsError, WeightsError) as error:
+        except (
+            DataError,
+            WorkdirError,
+            TrainingError,
+            ResultsError,
+            StatisticsError,
+            FeaturesError,
+            WeightsError,
+        ) as error:
             _fail(str(error), EXIT_FAILED)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -276,8 +284,8 @@ def _evaluate_images(interrupt: Any) -> None:
 
     if not FLAGS.reference:
         _fail(
-            "--mode=evaluate --images=PATH needs --reference=PATH: reference statistics (.npz), or the images to compare "
-            "with.",
+            "--mode=evaluate --images=PATH needs --reference=PATH: reference statistics (.npz), or the images to "
+            "compare with.",
             EXIT_USAGE,
         )
     evaluate_images.evaluate(
@@ -310,7 +318,7 @@ def _fetch_weights(interrupt: Any) -> None:
     del interrupt
     from diffdistill.weights import fetch
 
-    _say(f"{fetch.fetch_inception(FLAGS.inception_weights)} is there and is the published network.")
+    _say(f"{fetch.fetch(fetch.INCEPTION, FLAGS.inception_weights)} is there and is the published network.")
 
 
 def _plan(interrupt: Any) -> None:

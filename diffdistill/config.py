@@ -127,16 +127,15 @@ class SamplingConfig:
     batch_size: int = 250
     clip: bool = True
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
-    quantisation: str = (
-        "edm"  # edm: to the nearest byte; adm: truncated, as in the papers that evaluate with ADM's code
-    )
+    # edm: to the nearest byte; adm: truncated, as in the papers that evaluate with ADM's code
+    quantisation: str = "edm"
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured after the chain: every stage x steps x sampler x w x seed of the lists."""
 
-    # domain: in the features of a small classifier of the same data, for small images. inception: FID and its relatives.
+    # domain: features of a small classifier of the same data, for small images. inception: FID and its relatives.
     features: Literal["domain", "inception"] = "domain"
     num_samples: int = 50_000  # 0 leaves the evaluation out
     stages: tuple[str, ...] = ()  # empty: every finished one

@@ -70,7 +70,7 @@ def evaluate(
     path = folder / "results.jsonl"
     measured = results.read(path)
     done = {results.key(entry): entry for entry in measured}
-    names = measuring.metrics_against(compared)
+    names = measuring.metrics_against(compared, len(source))
     blank = {name: record(name, value=0.0, wall_time=0.0) for name in names}
     wanted = [name for name in names if results.key(blank[name]) not in done]
     say(f"evaluation of {source.name}, {len(source)} images: {network.text()}, against {compared.text()}")
@@ -129,7 +129,7 @@ def write_statistics(
 
 
 def _reference(network: Network, path: str, config: Config, folder: Path, interrupt: Interrupt) -> Reference:
-    if reference.looks_like(path):
+    if reference.is_statistics(path):
         return network.read_reference(path, config.evaluation.reference_protocol)
     evaluation = config.evaluation
     source = open_unlabelled(path)

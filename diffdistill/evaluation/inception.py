@@ -34,7 +34,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, batch normalisation with fixed statistics, ReLU; `padding` in pixels (height, width)."""
+    """Convolution without bias, batch normalisation with fixed statistics, ReLU; `padding`: pixels (height, width)."""
 
     channels: int
     kernel: tuple[int, int] = (1, 1)
@@ -64,12 +64,12 @@ class ConvBN(nn.Module):
 
 def _average(x: Array) -> Array:
     """3x3 mean at stride 1 over the pixels that exist."""
-    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
+    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
 def _maximum(x: Array) -> Array:
     """3x3 maximum at stride 1."""
-    return nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1)))
+    return nn.max_pool(x, (3, 3), padding="SAME")
 
 
 def _halve(x: Array) -> Array:
@@ -112,16 +112,19 @@ class BlockC(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        wide, tall = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        wide, tall = (
+            functools.partial(ConvBN, kernel=(1, 7), padding=(0, 3)),
+            functools.partial(ConvBN, kernel=(7, 1), padding=(3, 0)),
+        )
         one = ConvBN(192, name="branch1x1")(x)
         seven = ConvBN(self.channels, name="branch7x7_1")(x)
-        seven = ConvBN(self.channels, **wide, name="branch7x7_2")(seven)
-        seven = ConvBN(192, **tall, name="branch7x7_3")(seven)
+        seven = wide(self.channels, name="branch7x7_2")(seven)
+        seven = tall(192, name="branch7x7_3")(seven)
         double = ConvBN(self.channels, name="branch7x7dbl_1")(x)
-        double = ConvBN(self.channels, **tall, name="branch7x7dbl_2")(double)
-        double = ConvBN(self.channels, **wide, name="branch7x7dbl_3")(double)
-        double = ConvBN(self.channels, **tall, name="branch7x7dbl_4")(double)
-        double = ConvBN(192, **wide, name="branch7x7dbl_5")(double)
+        double = tall(self.channels, name="branch7x7dbl_2")(double)
+        double = wide(self.channels, name="branch7x7dbl_3")(double)
+        double = tall(self.channels, name="branch7x7dbl_4")(double)
+        double = wide(192, name="branch7x7dbl_5")(double)
         pool = ConvBN(192, name="branch_pool")(_average(x))
         return jnp.concatenate([one, seven, double, pool], -1), one
 
@@ -147,17 +150,20 @@ class BlockE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        wide, tall = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+        wide, tall = (
+            functools.partial(ConvBN, kernel=(1, 3), padding=(0, 1)),
+            functools.partial(ConvBN, kernel=(3, 1), padding=(1, 0)),
+        )
         one = ConvBN(320, name="branch1x1")(x)
         three = ConvBN(384, name="branch3x3_1")(x)
         double = ConvBN(448, name="branch3x3dbl_1")(x)
         double = ConvBN(384, (3, 3), padding=(1, 1), name="branch3x3dbl_2")(double)
         parts = [
             one,
-            ConvBN(384, **wide, name="branch3x3_2a")(three),
-            ConvBN(384, **tall, name="branch3x3_2b")(three),
-            ConvBN(384, **wide, name="branch3x3dbl_3a")(double),
-            ConvBN(384, **tall, name="branch3x3dbl_3b")(double),
+            wide(384, name="branch3x3_2a")(three),
+            tall(384, name="branch3x3_2b")(three),
+            wide(384, name="branch3x3dbl_3a")(double),
+            tall(384, name="branch3x3dbl_3b")(double),
             ConvBN(192, name="branch_pool")(_maximum(x) if self.max_pool else _average(x)),
         ]
         return jnp.concatenate(parts, -1)
@@ -318,8 +324,9 @@ def variables_from_nested(tree: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _shapes() -> dict[str, tuple[int, ...]]:
     one = jax.ShapeDtypeStruct((1, protocols.SIDE, protocols.SIDE, 3), jnp.float32)
-    shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), one)["params"]
-    return {name: leaf.shape for name, leaf in flatten_dict(shapes, sep="/").items()}
+    params: Any = jax.eval_shape(InceptionV3().init, jax.random.key(0), one)["params"]
+    leaves: Any = flatten_dict(params, sep="/")
+    return {name: leaf.shape for name, leaf in leaves.items()}
 
 
 def _checked(found: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -328,7 +335,8 @@ def _checked(found: dict[str, np.ndarray]) -> dict[str, Any]:
             raise WeightsError(f"the file does not hold the Inception network of FID: the tensor {name} is missing.")
         if found[name].shape != shape:
             raise WeightsError(
-                f"the file does not hold the Inception network of FID: {name} has shape {found[name].shape}, not {shape}."
+                f"the file does not hold the Inception network of FID: {name} has shape {found[name].shape}, not "
+                f"{shape}."
             )
     surplus = sorted(set(found) - set(_shapes()))
     if surplus:

@@ -33,7 +33,7 @@ class Network:
     variables: Any
 
     def extract(self, images: jax.Array) -> Mapping[str, jax.Array]:
-        """images (B, H, W, 1 or 3) uint8, sharded by rows -> the arrays of stream.TAPS, (B, d) float32, sharded alike."""
+        """images (B, H, W, 1 or 3) uint8, sharded by rows -> the arrays of stream.TAPS, (B, d) float32, sharded so."""
         return _extract(self.extractor.protocol)(self.variables, images)
 
     def text(self) -> str:
@@ -123,13 +123,17 @@ def _extract(protocol: str) -> Any:
     )
 
 
-def metrics_against(against: Reference) -> tuple[str, ...]:
-    """The metrics that these reference statistics allow."""
+def metrics_against(against: Reference, num_samples: int) -> tuple[str, ...]:
+    """The metrics that reference statistics and a number of samples (2 or more) allow."""
     absent = set()
     if against.spatial_mean is None:
         absent |= {"sfid"}
     if against.features is None:
         absent |= {"kid", "precision", "recall"}
+    elif min(num_samples, len(against.features)) <= scores.NEIGHBOURS:
+        absent |= {"precision", "recall"}
+    if num_samples < scores.SPLITS:
+        absent |= {"is"}
     return tuple(name for name in METRICS if name not in absent)
 
 
@@ -138,25 +142,26 @@ def figures(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """({metric: value}, {metric: standard deviation over parts of the samples}) of the metrics `wanted`.
 
-    KID is given as it is; papers print it times 1000. Precision and recall are fractions.
+    `wanted` are some of `metrics_against`. KID is given as it is; papers print it times 1000. Precision and recall are
+    fractions.
     """
     values: dict[str, float] = {}
     spreads: dict[str, float] = {}
-    own = statistics.features.rows()
+    own, theirs = statistics.features.features, against.features
     if "fid" in wanted:
         pool = statistics.pool
         values["fid"] = metrics.frechet_distance(pool.mean(), pool.covariance(), against.mean, against.covariance)
-    if "sfid" in wanted:
+    if "sfid" in wanted and against.spatial_mean is not None and against.spatial_covariance is not None:
         spatial = statistics.spatial
         values["sfid"] = metrics.frechet_distance(
             spatial.mean(), spatial.covariance(), against.spatial_mean, against.spatial_covariance
         )
     if "is" in wanted:
         values["is"], spreads["is"] = scores.inception_score(statistics.scores)
-    if "kid" in wanted:
-        size = min(KID_SUBSET_SIZE, len(own), len(against.features))
-        values["kid"], spreads["kid"] = scores.kid(own, against.features, num_subsets=KID_SUBSETS, subset_size=size)
-    if "precision" in wanted or "recall" in wanted:
-        precision, recall = scores.precision_recall(against.features, own)
-        values |= {name: value for name, value in (("precision", precision), ("recall", recall)) if name in wanted}
+    if "kid" in wanted and theirs is not None:
+        size = min(KID_SUBSET_SIZE, len(own), len(theirs))
+        values["kid"], spreads["kid"] = scores.kid(own, theirs, num_subsets=KID_SUBSETS, subset_size=size)
+    if {"precision", "recall"} & set(wanted) and theirs is not None:
+        both = dict(zip(("precision", "recall"), scores.precision_recall(theirs, own), strict=True))
+        values |= {name: value for name, value in both.items() if name in wanted}
     return values, spreads

@@ -13,8 +13,9 @@ from diffdistill.evaluation.moments import moments_of
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) between two Gaussians (Dowson & Landau 1982).
 
-    The eigenvalues of cov1 cov2 are those of L' cov2 L for any cov1 = L L', which is symmetric: no complex numbers,
-    no offset on the diagonal, and singular covariances are legal. Squared units of the features.
+    The eigenvalues of cov1 cov2 are those of L' cov2 L for any cov1 = L L', which is symmetric: no complex numbers and
+    no offset on the diagonal. Of singular covariances (fewer samples than features) the directions that are zero up
+    to rounding are left out: the root of a rounding error is a thousand times too large. Squared units of the features.
     """
     mean1, mean2 = np.asarray(mean1, np.float64), np.asarray(mean2, np.float64)
     cov1, cov2 = np.asarray(cov1, np.float64), np.asarray(cov2, np.float64)
@@ -25,12 +26,20 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         )
     try:
         root = np.linalg.cholesky(cov1)
-    except np.linalg.LinAlgError:  # singular, or negative by rounding
-        values, vectors = np.linalg.eigh(cov1)
-        root = vectors * np.sqrt(np.clip(values, 0.0, None))
-    middle = root.T @ cov2 @ root
-    eigenvalues = np.clip(np.linalg.eigvalsh((middle + middle.T) / 2), 0.0, None)
-    return _distance(mean1, np.trace(cov1), mean2, np.trace(cov2), float(np.sqrt(eigenvalues).sum()))
+        np.linalg.cholesky(cov2)  # both must have one
+    except np.linalg.LinAlgError:
+        trace = float(np.linalg.svd(_root(cov1).T @ _root(cov2), compute_uv=False).sum())
+    else:
+        middle = root.T @ cov2 @ root
+        trace = float(np.sqrt(np.clip(np.linalg.eigvalsh((middle + middle.T) / 2), 0.0, None)).sum())
+    return _distance(mean1, np.trace(cov1), mean2, np.trace(cov2), trace)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R (d, r) with R R' = covariance of rank r."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def frechet_distance_from_features(features1: np.ndarray, features2: np.ndarray) -> float:

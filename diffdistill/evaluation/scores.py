@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 SPLITS = 10
+NEIGHBOURS = 3  # of the balls of precision and recall
 SEED = 2020  # of the shuffles and subsets, as torch-fidelity draws them
 _BLOCK = 1000  # rows of a matrix of distances that are held at once
 
@@ -68,14 +69,14 @@ def merge_scores(first: ScoreSums, second: ScoreSums) -> ScoreSums:
 
 
 def inception_score(sums: ScoreSums) -> tuple[float, float]:
-    """exp of the mean divergence of p from its mean: mean and standard deviation over the splits (Salimans et al. 2016).
+    """exp of the mean divergence of p from its mean (Salimans et al. 2016): mean and standard deviation over splits.
 
     Raises ValueError while samples are missing, and for fewer samples than splits.
     """
     if sums.counts.sum() != sums.num_samples or sums.counts.min() < 1:
         raise ValueError(
-            f"the inception score needs all of its samples, {SPLITS} or more; {sums.counts.sum()} of {sums.num_samples} "
-            "are there"
+            f"the inception score needs all of its samples, {SPLITS} or more; {sums.counts.sum()} of "
+            f"{sums.num_samples} are there"
         )
     mean = sums.probabilities / sums.counts[:, None]
     logarithms = np.log(np.where(mean > 0, mean, 1.0))
@@ -103,8 +104,8 @@ def kid(
     features1, features2 = _pair(features1, features2)
     if not 2 <= subset_size <= min(len(features1), len(features2)):
         raise ValueError(
-            f"KID was asked for subsets of {subset_size} out of {len(features1)} and {len(features2)} samples; a subset "
-            "holds at least 2 and at most as many as there are. Use more samples or smaller subsets"
+            f"KID was asked for subsets of {subset_size} out of {len(features1)} and {len(features2)} samples; a "
+            "subset holds at least 2 and at most as many as there are. Use more samples or smaller subsets"
         )
     random = np.random.RandomState(SEED)
     values = []
@@ -125,17 +126,17 @@ def _discrepancy(first: np.ndarray, second: np.ndarray) -> float:
     return within / (size * (size - 1)) - 2.0 * float(kernel(first, second).mean())
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, *, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(real: np.ndarray, generated: np.ndarray, *, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019), both in [0, 1].
 
-    Precision is the fraction of generated features (N, d) that lie in the manifold of the real ones (M, d), the union of
-    balls that reach to each one's third neighbour; recall exchanges the two. Raises ValueError for too few samples.
+    Precision is the fraction of generated features (N, d) that lie in the manifold of the real ones (M, d), the union
+    of balls that reach to each one's third neighbour; recall exchanges the two. Raises ValueError for too few samples.
     """
     real, generated = _pair(real, generated)
     if min(len(real), len(generated)) <= neighbours:
         raise ValueError(
-            f"precision and recall look at {neighbours} neighbours and need more samples than that; given {len(real)} and "
-            f"{len(generated)}"
+            f"precision and recall look at {neighbours} neighbours and need more samples than that; given {len(real)} "
+            f"and {len(generated)}"
         )
     return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
 
@@ -143,7 +144,9 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, *, neighbours: int
 def _covered(points: np.ndarray, manifold: np.ndarray, neighbours: int) -> float:
     """The fraction of points inside the ball of any point of the manifold."""
     # Each point is at distance 0 of itself: its own place counts as one neighbour more.
-    radii = np.concatenate([np.partition(block, neighbours, axis=1)[:, neighbours] for block in _squared(manifold, manifold)])
+    radii = np.concatenate(
+        [np.partition(block, neighbours, axis=1)[:, neighbours] for block in _squared(manifold, manifold)]
+    )
     inside = [(block <= radii).any(1) for block in _squared(points, manifold)]
     return float(np.concatenate(inside).mean())
 

@@ -38,13 +38,18 @@ class EvaluationInterrupted(Exception):
 
     def __init__(self, reason: str | None) -> None:
         super().__init__(
-            f"Evaluation stopped by {reason or 'a signal to another process'}; what was measured is kept. Start the same command again to continue."
+            f"Evaluation stopped by {reason or 'a signal to another process'}; what was measured is kept. Start the "
+            "same command again to continue."
         )
+
+
+class FeaturesError(ValueError):
+    """Features that no figure can be computed from; the message says of which images."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images number first, ..., stop - 1 of a set in the first rows of `images` (B, H, W, C) uint8; the rest is padding.
+    """Images number first, ..., stop - 1 of a set: the first rows of `images` (B, H, W, C) uint8; the rest is padding.
 
     `images` is sharded over all devices of all processes.
     """
@@ -91,7 +96,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Partial:
-    """Where an accumulation that may be killed keeps what it has; `identity` is everything that the result depends on."""
+    """Where an accumulation that may be killed keeps what it has; `identity`: everything that the result depends on."""
 
     folder: Path
     identity: str
@@ -171,7 +176,7 @@ def accumulate(
 
     Raises:
       EvaluationInterrupted: a signal arrived; everything up to the last chunk is saved.
-      ValueError: features that are not finite.
+      FeaturesError: features that are not finite.
     """
     done, statistics = partial.load(empty)
     if done >= num:  # only the writing of the results was left
@@ -183,7 +188,10 @@ def accumulate(
     def absorb() -> None:
         nonlocal statistics, done
         chunk, taps = in_flight.popleft()
-        statistics = add(statistics, chunk, taps)
+        try:
+            statistics = add(statistics, chunk, taps)
+        except ValueError as error:
+            raise FeaturesError(f"{title}, images {chunk.first} to {chunk.stop - 1}: {error}.") from error
         done = chunk.stop
         progress.advance(done, {})
 
@@ -225,7 +233,66 @@ def accumulate(
 
 
 def empty(num: int, capacity: int) -> ImageStatistics:
-    """Statistics of nothing yet, for a set of `num` images of which `capacity` keep their features."""
+    """Statistics of nothing yet, for a set of `num` images of which at most `capacity` keep their features."""
     return ImageStatistics(
-        moments.empty_moments(2048), moments.empty_moments(2023), scores.empty(num), moments.Reservoir.empty(capacity)
+        moments.empty_moments(2048),
+        moments.empty_moments(2023),
+        scores.empty_scores(num, 1008),
+        moments.empty_reservoir(2048, capacity),
     )
+
+
+def add(statistics: ImageStatistics, chunk: Chunk, taps: Mapping[str, jax.Array]) -> ImageStatistics:
+    """The statistics after those rows of a chunk's taps that lie on this process went by; padding is left out.
+
+    Raises ValueError for features that are not finite.
+    """
+    rows: dict[str, np.ndarray] = {}
+    numbers = np.zeros(0, np.int64)
+    for tap in TAPS:
+        numbers, values = meshes.local_rows(taps[tap])
+        numbers = numbers + chunk.first
+        rows[tap] = values[numbers < chunk.stop]
+    numbers = numbers[numbers < chunk.stop]
+    return ImageStatistics(
+        moments.add_features(statistics.pool, rows[POOL]),
+        moments.add_features(statistics.spatial, rows[SPATIAL]),
+        scores.add_logits(statistics.scores, rows[LOGITS], numbers),
+        moments.keep(statistics.features, rows[POOL], numbers),
+    )
+
+
+def merge(first: ImageStatistics, second: ImageStatistics) -> ImageStatistics:
+    """The statistics of two disjoint parts of one set of images together."""
+    return ImageStatistics(
+        moments.merge(first.pool, second.pool),
+        moments.merge(first.spatial, second.spatial),
+        scores.merge_scores(first.scores, second.scores),
+        moments.keep(first.features, second.features.features, second.features.numbers),
+    )
+
+
+_PARTS = {"pool": Moments, "spatial": Moments, "scores": ScoreSums, "features": Reservoir}
+
+
+def to_arrays(statistics: ImageStatistics) -> dict[str, Any]:
+    """What numpy.savez needs to keep statistics."""
+    return {
+        f"{part}_{field.name}": getattr(getattr(statistics, part), field.name)
+        for part, kind in _PARTS.items()
+        for field in dataclasses.fields(kind)
+    }
+
+
+def from_arrays(arrays: Mapping[str, Any]) -> ImageStatistics:
+    """The inverse of `to_arrays`."""
+
+    def value(name: str) -> Any:
+        array = arrays[name]
+        return array if array.ndim else array.item()
+
+    parts: dict[str, Any] = {
+        part: kind(**{field.name: value(f"{part}_{field.name}") for field in dataclasses.fields(kind)})
+        for part, kind in _PARTS.items()
+    }
+    return ImageStatistics(**parts)

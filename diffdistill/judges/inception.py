@@ -1,4 +1,4 @@
-"""FID, sFID, KID, inception score, precision and recall of generated samples, streamed through the Inception network."""
+"""FID, sFID, KID, inception score, precision and recall of samples, streamed through the Inception network."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
-from diffdistill.config import Config, EvaluationConfig
+from diffdistill.config import EvaluationConfig
 from diffdistill.data.contract import Source
-from diffdistill.evaluation import inception, measuring, stream
+from diffdistill.evaluation import measuring, stream
 from diffdistill.evaluation.measuring import Network
 from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.stream import Chunk, Partial
 from diffdistill.judges.contract import Figures, Measurement
-from diffdistill.sample import Generator, Samples
+from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
@@ -39,7 +37,7 @@ class InceptionJudge:
     def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
         """What the reference allows."""
         del item, generator
-        return measuring.metrics_against(self._reference)
+        return measuring.metrics_against(self._reference, self._folder.config.evaluation.num_samples)
 
     def measure(
         self, item: Measurement, generator: Generator, wanted: Sequence[str], digest: str, interrupt: Interrupt

@@ -106,7 +106,7 @@ def shard_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
 
 
 def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """This process's rows of an array that is sharded along its first axis: (their numbers (R,), their values (R, ...))."""
+    """This process's rows of an array that is sharded along its first axis: (numbers (R,), values (R, ...))."""
     parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
     numbers = [np.arange(start, start + len(values)) for start, values in sorted(parts.items())]
     return np.concatenate(numbers), np.concatenate([values for _, values in sorted(parts.items())])

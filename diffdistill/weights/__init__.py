@@ -2,4 +2,4 @@
 
 
 class WeightsError(ValueError):
-    """A file of weights that is absent, damaged, not the expected one, or that tries to name code; the message says so."""
+    """A file of weights that is absent, damaged, not the expected one, or names code; the message says so."""
