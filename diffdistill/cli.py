@@ -305,13 +305,15 @@ def _statistics(interrupt: Any) -> None:
 
 def _table(interrupt: Any) -> None:
     del interrupt
-    from diffdistill.evaluation import published, results
+    from diffdistill.evaluation import comparison, published, results
 
     if not FLAGS.table:
-        _say("Tables: " + ", ".join(published.tables()) + ". Choose one with --table=NAME.")
+        _say("Choose a table with --table=NAME:")
+        _say("\n".join(f"  {name} ({count} published figures)" for name, count in published.tables().items()))
         return
-    records = results.read_all(FLAGS.results)
-    _say(published.write_table(FLAGS.table, records, Path(FLAGS.out) if FLAGS.out else None))
+    # Nothing measured yet is no mistake; a path that was asked for and is not there is one.
+    places = FLAGS.results if FLAGS["results"].present else [path for path in FLAGS.results if Path(path).exists()]
+    _say(comparison.write(FLAGS.table, results.read_all(places), Path(FLAGS.out) if FLAGS.out else None))
 
 
 def _fetch_weights(interrupt: Any) -> None:

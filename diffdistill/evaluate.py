@@ -185,6 +185,7 @@ class _Model:
             dataset=config.data.dataset or config.data.source,
             conditional=config.model.conditional,
             method=item.stage.method,
+            guidance_range=chain.guidance_range(config, item.stage),
             prediction=config.model.prediction,
             weight=item.stage.settings.weight,
             **more,

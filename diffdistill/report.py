@@ -56,7 +56,11 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
         if num_steps and path.exists():
             with np.load(path) as kept:
                 first = _first_of_each_class(kept["labels"], folder.facts.num_classes)
-                name = f"teacher, {num_steps} steps" if stage.name == "teacher" else _steps(num_steps)
+                name = (
+                    f"teacher, {num_steps} steps"
+                    if stage.name == "teacher"
+                    else f"student, {tables.steps_text(num_steps)}"
+                )
                 rows.append((name, kept["images"][first]))
     if not rows:
         return None
@@ -71,10 +75,6 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
 def _first_of_each_class(labels: np.ndarray, num_classes: int, count: int = 2) -> np.ndarray:
     """The places of the first `count` examples of every class, class after class."""
     return np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(num_classes)])
-
-
-def _steps(number: int) -> str:
-    return f"student, {number} step{'s' * (number > 1)}"
 
 
 def stage_costs(folder: Workdir) -> Iterator[dict[str, Any]]:

@@ -76,6 +76,10 @@ def write_report(
     if not sections:
         sections = [page.section("results", "Results", page.missing("No results yet."))]
     links = [(f"weight-{index}", tables.weight_text(w)) for index, w in enumerate(weights)]
+    guidance = _guidance(folder, arranged)
+    if guidance:
+        sections.append(page.section("guidance", "FID against inception score over w", guidance))
+        links.append(("guidance", "FID against IS"))
     links += [("costs", "cost"), ("losses", "losses"), ("run", "run")]
     content = [
         f"<header><h1>{page.escape(title)}</h1>",
@@ -102,6 +106,29 @@ def _distances(folder: Path, w: Weight, blocks: Sequence[Block]) -> str:
         alt = f"{block.metric.title} against sampling steps, {tables.weight_text(w)}"
         content.append(page.figure(light, alt, dark=dark, width=plots.DISTANCE_WIDTH))
     return page.figures(content)
+
+
+def _guidance(folder: Path, arranged: Mapping[Weight, Sequence[Block]]) -> str:
+    """One curve per number of steps, a point per guidance weight; empty where not both were measured at two weights."""
+    found: dict[tuple[str, int], dict[float, dict[str, float]]] = {}
+    for w, blocks in arranged.items():
+        for block in blocks:
+            if w is None or block.metric.name not in ("fid", "is"):
+                continue
+            for row in block.rows:
+                for step, value in row.values.items():
+                    found.setdefault((row.label, step), {}).setdefault(w, {})[block.metric.name] = value
+    curves = [
+        plots.guidance_curve(tables.steps_text(step), plots.MEASURED, label, by_w)
+        for (label, step), by_w in found.items()
+    ]
+    drawn = [curve for curve in curves if curve is not None]
+    if not drawn:
+        return ""
+    light, dark = (plots.guidance_plot("", drawn, theme) for theme in (plots.LIGHT, plots.DARK))
+    _save(folder / "plots" / "fid_is.png", light)
+    width = plots.DISTANCE_WIDTH * len({curve.panel for curve in drawn})
+    return page.figures([page.figure(light, "FID against inception score over w", dark=dark, width=width)])
 
 
 def _results_table(blocks: Sequence[Block], evaluations: Sequence[tables.Row]) -> str:

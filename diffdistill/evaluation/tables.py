@@ -203,6 +203,11 @@ def cost_text(name: str, cost: Entry) -> str:
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else str(value)
 
 
+def steps_text(number: int) -> str:
+    """A number of sampling steps in words."""
+    return f"{number} step{'s' * (number > 1)}"
+
+
 def three_digits(value: float) -> str:
     """Three significant digits, without an exponent where that is readable."""
     scientific = f"{value:.2e}"
