@@ -20,11 +20,17 @@ GOLDEN = pathlib.Path(__file__).parent / "golden_inception.npz"
 TAPS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 
 
+def stand_in() -> None:
+    """Puts an empty package in the place of torch_fidelity, whose own imports want torchvision."""
+    if "torch_fidelity" not in sys.modules:
+        package = types.ModuleType("torch_fidelity")
+        package.__path__ = importlib.util.find_spec("torch_fidelity").submodule_search_locations
+        sys.modules["torch_fidelity"] = package
+
+
 def extractor():
-    """torch-fidelity's extractor with random weights; its package is not imported as a whole: it wants torchvision."""
-    package = types.ModuleType("torch_fidelity")
-    package.__path__ = importlib.util.find_spec("torch_fidelity").submodule_search_locations
-    sys.modules["torch_fidelity"] = package
+    """torch-fidelity's extractor with random weights."""
+    stand_in()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     with tempfile.TemporaryDirectory() as folder:
