@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,65 +44,87 @@ def evaluate(
       EvaluationInterrupted: a signal arrived; the same command continues.
       DataError, WeightsError, StatisticsError: what is needed is not there, or not of this protocol.
     """
-    evaluation, folder = config.evaluation, Path(out or "runs/images")
-    network = load_network(evaluation, inception_weights)
+    folder = Path(out or "runs/images")
+    network = load_network(config.evaluation, inception_weights)
     source = open_unlabelled(images)
     compared = _reference(network, against, config, folder, interrupt)
-    protocol = f"{network.text()}, reference {compared.digest()}"
-
-    def record(metric: str, **more: Any) -> results.Record:
-        return results.record(
-            stage=source.name,
-            num_steps=0,
-            sampler="",
-            w=None,
-            metric=metric,
-            num_samples=len(source),
-            seed=0,
-            params_hash=source.fingerprint()[:12],
-            protocol=protocol,
-            network_evaluations=0,
-            hardware=meshes.describe(meshes.make_mesh()),
-            dataset=source.name,
-            method="images",
-            **more,
-        )
-
-    path = folder / "results.jsonl"
-    measured = results.read(path)
-    done = {results.key(entry): entry for entry in measured}
-    names = measuring.metrics_against(compared, len(source))
-    blank = {name: record(name, value=0.0, wall_time=0.0) for name in names}
-    wanted = [name for name in names if results.key(blank[name]) not in done]
     say(f"evaluation of {source.name}, {len(source)} images: {network.text()}, against {compared.text()}")
-    shown = [done[results.key(blank[name])] for name in names if name not in wanted]
+    path = folder / "results.jsonl"
+    known = {results.key(entry): entry for entry in results.read(path)}
+    names = measuring.metrics_against(compared, len(source))
+    keys = {name: results.key(_record(source, network, compared, name, 0.0, 0.0)) for name in names}
+    wanted = [name for name in names if keys[name] not in known]
     if wanted:
-        partial = Partial(folder / "partial", f"{source.fingerprint()} {protocol} {evaluation.reservoir}")
-        statistics, pace = network.statistics_of(
-            source, np.arange(len(source)), evaluation.reservoir, partial, interrupt
-        )
-        if not meshes.is_main():
-            return
-        values, spreads = measuring.figures(statistics, compared, wanted)
-        facts = {**network.facts(), **compared.facts()}
-        shown += [
-            record(
-                name,
-                value=values[name],
-                wall_time=0.0,
-                **facts,
-                **({"spread": spreads[name]} if name in spreads else {}),
-            )
-            for name in wanted
-        ]
-        results.append(path, shown[-len(wanted) :])
-        partial.remove()
-        if pace is not None:
-            say(pace.text())
-    for entry in sorted(shown, key=lambda entry: names.index(entry["metric"])):
-        spread = f" +- {tables.three_digits(entry['spread'])}" if "spread" in entry else ""
-        say(f"  {tables.title(entry['metric'])}: {tables.three_digits(entry['value'])}{spread}")
-    say(f"Results: {path}")
+        for entry in _measure(source, network, compared, wanted, config, path, interrupt, say):
+            known[results.key(entry)] = entry
+    if not meshes.is_main():
+        return
+    shown = [known[keys[name]] for name in names]
+    for entry in shown:
+        metric = tables.metric_of(entry["metric"])
+        spread = f" +- {metric.text(entry['spread'])}" if "spread" in entry else ""
+        say(f"  {metric.title}: {metric.text(entry['value'])}{spread}")
+    say(" ".join([f"Results: {path}.", *tables.remarks(shown)]))
+
+
+def _measure(
+    source: Source,
+    network: Network,
+    compared: Reference,
+    wanted: Sequence[str],
+    config: Config,
+    path: Path,
+    interrupt: Interrupt,
+    say: Callable[[str], Any],
+) -> list[results.Record]:
+    """Measures, appends to the results file and returns the records; none on all but the main process."""
+    start = time.monotonic()
+    capacity = config.evaluation.reservoir
+    identity = f"{source.fingerprint()} {_protocol(network, compared)} {capacity}"
+    partial = Partial(path.parent / ".partial", identity)
+    statistics, pace = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
+    if not meshes.is_main():
+        return []
+    values, spreads = measuring.figures(statistics, compared, wanted)
+    seconds = time.monotonic() - start
+    records = [
+        _record(source, network, compared, name, values[name], seconds)
+        | ({"spread": spreads[name]} if name in spreads else {})
+        for name in wanted
+    ]
+    results.append(path, records)
+    partial.remove()
+    if pace is not None:
+        say(pace.text())
+    return records
+
+
+def _protocol(network: Network, compared: Reference) -> str:
+    return f"{network.text()}, reference {compared.digest()}"
+
+
+def _record(
+    source: Source, network: Network, compared: Reference, metric: str, value: float, seconds: float
+) -> results.Record:
+    return results.record(
+        stage=source.name,
+        num_steps=0,
+        network_evaluations=0,
+        sampler="",
+        w=None,
+        metric=metric,
+        value=value,
+        num_samples=len(source),
+        seed=0,
+        hardware=meshes.describe(meshes.make_mesh()),
+        wall_time=seconds,
+        params_hash=source.fingerprint()[:12],
+        protocol=_protocol(network, compared),
+        dataset=source.name,
+        method="images",
+        **network.facts(),
+        **compared.facts(),
+    )
 
 
 def write_statistics(
@@ -119,12 +142,9 @@ def write_statistics(
       WeightsError, DataError: the network or an image cannot be read.
     """
     network = load_network(config.evaluation, inception_weights)
-    path = Path(out)
-    found = network.reference_of(
-        source, config.evaluation.reference_images, config.evaluation.reservoir, path.parent / ".statistics", interrupt
-    )
-    if meshes.is_main():
-        reference.write(path, found)
+    evaluation, path = config.evaluation, Path(out)
+    network.write_reference(path, source, evaluation.reference_images, evaluation.reservoir, interrupt)
+    found = network.read_reference(out, "")
     say(f"{path}: {found.text()}. Use it with --config.evaluation.reference={path} or --reference={path}")
 
 

@@ -110,7 +110,7 @@ def _grid(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str]]]:
     used = [index for index in range(len(_KEYS)) if any(setting[index] for setting in by_setting)]
     header = [_TITLES.get(_KEYS[index], _KEYS[index]) for index in used]
     for metric in metrics:
-        title = _TITLES.get(metric, tables.title(metric))
+        title = _TITLES.get(metric, tables.metric_of(metric).title)
         header += [f"{title} published", "measured"]
     lines = []
     for setting, cells in by_setting.items():
@@ -125,7 +125,7 @@ def _cells(row: Row, found: Measured | None) -> list[str]:
     theirs = NOT_KNOWN if row.status == UNKNOWN or not row.value else row.value + _MARKS.get(row.status, "")
     if found is None:
         return [theirs, NOT_MEASURED]
-    ours = tables.three_digits(found.value)
+    ours = tables.metric_of(row.metric).text(found.value)
     return [theirs, ours + "".join(f" ({remark})" for remark in _remarks(found))]
 
 
@@ -134,7 +134,7 @@ def _remarks(found: Measured) -> list[str]:
     remarks = [f"{found.seeds} seeds"] if found.seeds > 1 else []
     if found.record["num_samples"] != _EVALUATED:
         remarks.append(f"{found.record['num_samples']:,} samples".replace(",", " "))
-    if found.record.get("weights_sha256") not in (fetch.INCEPTION.sha256, fetch.INCEPTION_NESTED.sha256):
+    if not fetch.is_inception(found.record.get("weights_sha256")):
         remarks.append("other feature network: not comparable")
     return remarks
 

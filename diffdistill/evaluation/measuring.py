@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
@@ -20,7 +22,7 @@ from diffdistill.evaluation.stream import Chunk, ImageStatistics, Pace, Partial
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 
-IMAGES_PER_DEVICE = 64  # that pass through the feature network at once
+BLOCK, BLOCK_CPU = 64, 16  # images that pass through the network of one device at once; CPUs are faster with few
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 
@@ -65,34 +67,40 @@ class Network:
 
         Raises:
           EvaluationInterrupted: a signal arrived; the same call continues.
+          DataError, FeaturesError: an image cannot be read, or has features that are not finite.
         """
+        identity = f"{self.text()} {source.fingerprint()} {limit} {capacity}"
+        path = Partial(cache, identity).path.with_suffix(".npz")
+        if not path.exists():
+            self.write_reference(path, source, limit, capacity, interrupt)
+        return self.read_reference(str(path), "")
+
+    def write_reference(self, path: Path, source: Source, limit: int, capacity: int, interrupt: Interrupt) -> None:
+        """Computes reference statistics and writes them to `path`; arguments and errors are those of `reference_of`."""
         chosen = np.arange(len(source))
         if limit and limit < len(source):
             chosen = np.linspace(0, len(source) - 1, limit).astype(np.int64)
-        identity = f"{self.text()} {source.fingerprint()} {len(chosen)} {capacity}"
-        partial = Partial(cache, identity)
-        path = partial.path.with_suffix(".npz")
-        if not path.exists():
-            statistics, _ = self.statistics_of(source, chosen, capacity, partial, interrupt)
-            if meshes.is_main():
-                provenance = {
-                    "protocol": self.extractor.protocol,
-                    "weights_sha256": self.extractor.weights_sha256,
-                    "source": source.name,
-                    "fingerprint": source.fingerprint(),
-                    "image_shape": list(source.image_shape),
-                }
-                reference.write(path, reference.of_statistics(statistics, provenance))
-                partial.remove()
-            meshes.wait_for_all("reference statistics are written")
-        return self.read_reference(str(path), "")
+        identity = f"{self.text()} {source.fingerprint()} {limit} {capacity}"
+        partial = Partial(path.parent / ".partial", identity)
+        statistics, _ = self.statistics_of(source, chosen, capacity, partial, interrupt)
+        if meshes.is_main():
+            provenance = {
+                "protocol": self.extractor.protocol,
+                "weights_sha256": self.extractor.weights_sha256,
+                "source": source.name,
+                "fingerprint": source.fingerprint(),
+                "image_shape": list(source.image_shape),
+            }
+            reference.write(path, reference.of_statistics(statistics, provenance))
+            partial.remove()
+        meshes.wait_for_all("reference statistics are written")
 
     def statistics_of(
         self, source: Source, chosen: np.ndarray, capacity: int, partial: Partial, interrupt: Interrupt
     ) -> tuple[ImageStatistics, Pace | None]:
         """Passes the images with the numbers `chosen` through the network; see stream.accumulate."""
         mesh = meshes.make_mesh()
-        size = mesh.size * IMAGES_PER_DEVICE
+        size = mesh.size * _block(mesh)
         rows = slice(*meshes.process_slice(size))
 
         def chunks(first: int) -> Iterator[Chunk]:
@@ -112,15 +120,23 @@ def load(path: str, protocol: str, accept_sha256: str) -> Network:
     return Network(extractor, meshes.replicate(meshes.make_mesh(), extractor.variables, copy=False))
 
 
+def _block(mesh: Mesh) -> int:
+    return BLOCK if meshes.is_accelerator(mesh) else BLOCK_CPU
+
+
 @functools.cache
 def _extract(protocol: str) -> Any:
+    """(variables, images sharded by rows) -> taps, on every device in blocks: images of 299x299 fill memory fast."""
     mesh = meshes.make_mesh()
-    everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
-    return jax.jit(
-        lambda variables, images: inception.apply(variables, images, protocol, stream.TAPS),
-        in_shardings=(everywhere, rows),
-        out_shardings=rows,
-    )
+
+    def on_device(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        block = min(len(images), _block(mesh))
+        padding = [(0, -len(images) % block), *[(0, 0)] * 3]
+        blocks = jnp.pad(images, padding).reshape(-1, block, *images.shape[1:])
+        taps = jax.lax.map(lambda x: inception.apply(variables, x, protocol, stream.TAPS), blocks)
+        return {name: values.reshape(-1, values.shape[-1])[: len(images)] for name, values in taps.items()}
+
+    return jax.jit(meshes.per_device(mesh, on_device))
 
 
 def metrics_against(against: Reference, num_samples: int) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.tables import Block, Entry, Weight
 
 LOG_SNR_RANGE = (-20.0, 20.0)
+INCEPTION = ("fid", "sfid", "is", "kid", "precision", "recall")
 PLOTTED = ("fid", *tables.DOMAIN)
 COST_COLUMNS = {"updates": "updates", "flops": "FLOP", "wall_seconds": "wall time"}
 EXPLANATION = (
@@ -83,7 +84,7 @@ def write_report(
     links += [("costs", "cost"), ("losses", "losses"), ("run", "run")]
     content = [
         f"<header><h1>{page.escape(title)}</h1>",
-        page.paragraph(EXPLANATION if tables.any_domain(arranged) else EXPLANATION_FID) if arranged else "",
+        *map(page.paragraph, _explanations(results)),
         page.tiles(_highlights(costs)),
         "</header>",
         *sections,
@@ -92,6 +93,11 @@ def write_report(
         page.section("run", "The run", _facts(facts or {})),
     ]
     return write_atomically(path, lambda file: file.write(page.page(title, links, content).encode()))
+
+
+def _explanations(results: Sequence[Entry]) -> list[str]:
+    texts = {EXPLANATION if entry["metric"] not in INCEPTION else EXPLANATION_FID: None for entry in results}
+    return [*texts, *(remark for remark in tables.remarks(results) if remark != tables.NOT_FID)]
 
 
 def _distances(folder: Path, w: Weight, blocks: Sequence[Block]) -> str:

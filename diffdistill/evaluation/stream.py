@@ -6,6 +6,7 @@ writes what it has; a killed evaluation goes on from there, on any number of pro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -137,6 +138,8 @@ class Partial:
         """Deletes the saved state, once the figures themselves are written."""
         if meshes.is_main():
             shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others have something there, or nothing was ever saved
+                self.folder.rmdir()
 
     def _merged(self, done: int) -> ImageStatistics:
         folder = self.path / str(done)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffdistill.weights import fetch
+
 Weight = float | None
 Entry = Mapping[str, Any]
 
@@ -20,9 +22,10 @@ class Metric:
     title: str
     lower_is_better: bool = True
     percent: bool = False
+    scale: float = 1.0
 
     def text(self, value: float) -> str:
-        return f"{100 * value:.1f} %" if self.percent else three_digits(value)
+        return f"{100 * value:.1f} %" if self.percent else three_digits(self.scale * value)
 
 
 METRICS = {
@@ -35,7 +38,7 @@ METRICS = {
         Metric("fid", "FID"),
         Metric("sfid", "sFID"),
         Metric("is", "Inception score", lower_is_better=False),
-        Metric("kid", "KID"),
+        Metric("kid", "KID x 1000", scale=1000.0),
         Metric("precision", "Precision", lower_is_better=False),
         Metric("recall", "Recall", lower_is_better=False),
     )
@@ -98,7 +101,7 @@ def arrange(results: Iterable[Entry]) -> dict[Weight, list[Block]]:
         names = sorted(cells[w], key=lambda name: known.index(name) if name in known else len(known))
         arranged[w] = [
             Block(
-                METRICS.get(name, Metric(name, name)),
+                metric_of(name),
                 tuple(
                     Row(label, {step: sum(seeds.values()) / len(seeds) for step, seeds in sorted(row.items())})
                     for label, row in sorted(cells[w][name].items(), key=lambda item: _rank(item[0]))
@@ -126,6 +129,7 @@ def weight_text(w: Weight) -> str:
 
 def terminal_table(results: Iterable[Entry]) -> str:
     """Plain text for a terminal: per w and metric one row per model, one column per step count, the best starred."""
+    results = list(results)
     arranged = arrange(results)
     if not arranged:
         return "no results yet\n"
@@ -144,18 +148,23 @@ def terminal_table(results: Iterable[Entry]) -> str:
                     cells.append(f"{block.text(row, step):>9}" + ("*" if row in block.best(step) else " "))
                 lines.append(("    " + row.label).ljust(margin) + "".join(cells))
         lines.append("")
-    lines.append("* best of its column." + (f" {NOT_FID}" if any_domain(arranged) else ""))
+    lines.append(" ".join(["* best of its column.", *remarks(results)]))
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def any_domain(arranged: Mapping[Weight, Sequence[Block]]) -> bool:
-    """Whether a distance in domain features is among the results, which a reader could take for FID."""
-    return any(block.metric.name in DOMAIN for blocks in arranged.values() for block in blocks)
+def remarks(results: Iterable[Entry]) -> list[str]:
+    """What a reader could take for a published FID and is none."""
+    results = list(results)
+    own = {entry["weights_sha256"][:12] for entry in results if not fetch.is_inception(entry.get("weights_sha256"))}
+    found = [NOT_FID] if any(entry["metric"] in DOMAIN for entry in results) else []
+    if own:
+        found.append(f"Figures of the feature network {', '.join(sorted(own))} are not those of the published one.")
+    return found
 
 
-def title(metric: str) -> str:
-    """What a metric is called in front of a person."""
-    return METRICS.get(metric, Metric(metric, metric)).title
+def metric_of(name: str) -> Metric:
+    """How the metric of a record is written; one that is not in METRICS goes by its own name."""
+    return METRICS.get(name, Metric(name, name))
 
 
 def cost_ratios(costs: Sequence[Entry], reference: str = "teacher") -> dict[str, float]:

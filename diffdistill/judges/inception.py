@@ -54,7 +54,7 @@ class InceptionJudge:
             return generator.stream(evaluation.num_samples, first=first, **settings)
 
         identity = json.dumps([item.text(), item.seed, digest, evaluation.num_samples, evaluation.reservoir])
-        partial = Partial(self._folder.path / "evaluation" / "partial", f"{identity} {self.protocol(generator)}")
+        partial = Partial(self._folder.path / "evaluation" / ".partial", f"{identity} {self.protocol(generator)}")
         statistics, pace = stream.accumulate(
             chunks,
             self._network.extract,

@@ -6,6 +6,7 @@ the whole batch, a random draw is the same draw on 1, 2 or 8 devices, and no met
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,6 +104,12 @@ def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
 def shard_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     """A global array, sharded along its first axis, out of all its rows, which every process holds."""
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+
+def per_device(mesh: Mesh, function: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array], Any]:
+    """`function(everywhere, rows)` applied on each device to its own rows; what it returns is sharded by rows again."""
+    rows = PartitionSpec(AXIS)
+    return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
 
 
 def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -39,6 +39,11 @@ INCEPTION_NESTED = Published(
 )
 
 
+def is_inception(sha256: str | None) -> bool:
+    """Whether figures are of the published network: by the hash in their record, None where none was used."""
+    return sha256 in (None, INCEPTION.sha256, INCEPTION_NESTED.sha256)
+
+
 def cache() -> Path:
     """The folder for fetched files: $XDG_CACHE_HOME/diffdistill, by default ~/.cache/diffdistill."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffdistill"
