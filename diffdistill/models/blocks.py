@@ -217,5 +217,6 @@ def guidance_branch(style: Style, w: jax.Array, features: int, embedding: int, k
     Its modules are called guidance_*, which is how a student takes its teacher's parameters (denoiser.transfer).
     """
     g = style.dense(layers.guidance_sinusoids(w, features, kind), embedding, "guidance_dense0")
-    options = {"kernel_init": initialisers.zeros, "bias_init": initialisers.zeros}
-    return style.dense(nn.swish(g), embedding, "guidance_dense1", **options)
+    return style.dense(
+        nn.swish(g), embedding, "guidance_dense1", kernel_init=initialisers.zeros, bias_init=initialisers.zeros
+    )

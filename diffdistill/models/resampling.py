@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,8 @@ def resample(x: jax.Array, how: str, taps: tuple[int, ...] = (1, 1)) -> jax.Arra
     return fir_downsample(x, taps) if how == "down" else fir_upsample(x, taps)
 
 
-_sum = functools.partial(functools.reduce, operator.add)
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, terms)
 
 
 def _pad(x: jax.Array, axis: int, margin: int) -> jax.Array:
