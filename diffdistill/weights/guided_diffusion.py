@@ -89,7 +89,7 @@ def _shape(tensors: Tensors, name: str) -> tuple[int, ...]:
 
 
 def _stack(tensors: Tensors) -> tuple[int, int]:
-    """Number of levels and of residual blocks in each: every level but the first ends, going up, in one that doubles."""
+    """Number of levels, and of residual blocks in each: on the way up all but one end in a block that doubles."""
     ups = sorted(
         int(found[1])
         for name in tensors

@@ -95,8 +95,8 @@ def _settings(tensors: Tensors, levels: int, size: int) -> dict[str, Any]:
     if not widths or any(width % channels for width in widths):
         raise WeightsError(f"its levels are {widths} channels wide, which are not multiples of the first {channels}")
     heads = {_shape(tensors, name)[1:3] for name in tensors if name.endswith("/q/kernel")}
-    numbers, sizes = ({head[axis] for head in heads} for axis in (0, 1))
-    if len(numbers) != 1 and len(sizes) != 1:
+    numbers, sizes = (sorted({head[axis] for head in heads}) for axis in (0, 1))
+    if not heads or (len(numbers) > 1 and len(sizes) > 1):
         raise WeightsError(f"its attention has the heads {sorted(heads)}, neither equally many nor equally large")
     return {
         "architecture": "unet",
@@ -107,8 +107,8 @@ def _settings(tensors: Tensors, levels: int, size: int) -> dict[str, Any]:
         "attention_resolutions": tuple(
             size >> level for level in range(levels) if f"down_{level}_attn_0/q/kernel" in tensors
         ),
-        "num_heads": numbers.pop() if len(numbers) == 1 else 1,
-        "head_dim": 0 if len(numbers) <= 1 and len(sizes) != 1 else sizes.pop(),
+        "num_heads": numbers[0] if len(numbers) == 1 else 1,
+        "head_dim": 0 if len(numbers) == 1 else sizes[0],
         "num_groups": 32,
     }
 
