@@ -15,9 +15,9 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from diffdistill import fields
-from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.fields import ConfigError
-from diffdistill.samplers import SAMPLERS
+from diffdistill.samplers import SAMPLERS, heun, sigmas
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class ProcessConfig:
 class ModelConfig:
     """The network and what it predicts."""
 
-    prediction: str = "v"  # x | eps | v | both | edm
+    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
+    sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2)
@@ -87,6 +88,12 @@ class TeacherConfig(OptimizationConfig):
     """Training on data."""
 
     label_dropout: float = 0.1
+    # How noisy the examples are: as the schedule at uniform t, or, whatever the schedule: lognormal | vp | ve | iddpm.
+    noise: str = "schedule"
+    p_mean: float = -1.2  # of lognormal: ln s is normal with this mean and p_std, s = sigma / alpha
+    p_std: float = 1.2
+    noise_sigma_min: float = 0.02  # of ve: ln s is uniform between the logarithms of these
+    noise_sigma_max: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,22 @@ class SamplingConfig:
     batch_size: int = 250
     clip: bool = True
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
+    # Of euler, heun, churn and ablation: noise levels s = sigma / alpha from sigma_max to sigma_min (0: the published
+    # ends), spread by rho, never beyond what the process has; alpha of steps of second order (1 Heun, 1/2 midpoint).
+    sigma_min: float = 0.0
+    sigma_max: float = 0.0
+    rho: float = 7.0
+    alpha: float = 1.0
+    # Of churn: heun.TUNED_CHURN holds the published choices.
+    s_churn: float = 40.0
+    s_tmin: float = 0.05
+    s_tmax: float = 50.0
+    s_noise: float = 1.003
+    # Of ablation.
+    solver: str = "heun"  # euler | heun
+    discretisation: str = "edm"  # edm | vp | ve | iddpm
+    noise_schedule: str = "linear"  # linear | vp | ve
+    scaling: str = "none"  # none | vp
 
 
 @dataclass(frozen=True)
@@ -223,6 +246,11 @@ def _check_names(config: Config) -> None:
     fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
     fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
     fields.one_of("config.sampling.sampler", config.sampling.sampler, list(SAMPLERS))
+    fields.one_of("config.sampling.solver", config.sampling.solver, list(heun.EVALUATIONS))
+    fields.one_of("config.sampling.discretisation", config.sampling.discretisation, list(sigmas.DISCRETISATIONS))
+    fields.one_of("config.sampling.noise_schedule", config.sampling.noise_schedule, list(sigmas.PATHS))
+    fields.one_of("config.sampling.scaling", config.sampling.scaling, list(sigmas.SCALINGS))
+    fields.one_of("config.teacher.noise", config.teacher.noise, ["schedule", *noise.NOISES])
     for name in ("teacher", "guided", "progressive"):
         stage: OptimizationConfig = getattr(config, name)
         fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
@@ -253,6 +281,13 @@ def _check_ranges(config: Config) -> None:
     least("config.training.updates_per_call", config.training.updates_per_call, 0)
     least("config.sampling.batch_size", config.sampling.batch_size, 1)
     least("config.sampling.variance_fraction", config.sampling.variance_fraction, 0.0, 1.0)
+    for name in ("sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise"):
+        least(f"config.sampling.{name}", getattr(config.sampling, name), 0.0)
+    least("config.sampling.rho", config.sampling.rho, 1.0)
+    least("config.sampling.alpha", config.sampling.alpha, 0.01, 1.0)
+    least("config.teacher.p_std", config.teacher.p_std, 0.0)
+    least("config.teacher.noise_sigma_min", config.teacher.noise_sigma_min, 1e-12, config.teacher.noise_sigma_max)
+    least("config.model.sigma_data", config.model.sigma_data, 1e-12)
     least("config.evaluation.num_samples", config.evaluation.num_samples, 0)
     for index, steps in enumerate(config.evaluation.num_steps):
         least(f"config.evaluation.num_steps[{index}]", steps, 1)
@@ -265,7 +300,7 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError("config.evaluation.num_samples is 1, but a distance needs 2 or more; 0 leaves it out.")
     try:
         process = config.process
-        schedules.get(
+        schedule = schedules.get(
             process.schedule,
             log_snr_min=process.log_snr_min,
             log_snr_max=process.log_snr_max,
@@ -273,6 +308,13 @@ def _check_ranges(config: Config) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"config.process: {error}") from error
+    sampling = config.sampling
+    try:
+        for name in ("edm", sampling.discretisation):  # whichever sampler the command line then asks for
+            low, high = sigmas.sigma_range(schedule, name, sampling.sigma_min, sampling.sigma_max)
+            sigmas.DISCRETISATIONS[name].make(low, high, sampling.rho)
+    except ValueError as error:
+        raise ConfigError(f"config.sampling: {error}.") from error
 
 
 def _check_combinations(config: Config) -> None:
@@ -332,9 +374,10 @@ def _check_halving(config: Config) -> None:
             "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
             "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
         )
-    if config.model.prediction == "eps":
+    if config.model.prediction in ("eps", "vp", "ve", "iddpm"):
         raise ConfigError(
-            "config.model.prediction='eps' cannot be distilled progressively: towards zero signal-to-noise the output "
-            "no longer determines x (Salimans & Ho 2022, section 4). Use 'v', 'x' or 'both', or set "
-            "config.progressive.num_updates=0 to train the teacher alone."
+            f"config.model.prediction={config.model.prediction!r} cannot be distilled progressively: the network "
+            "predicts the noise, and towards zero signal-to-noise this no longer determines x (Salimans & Ho 2022, "
+            "section 4). Use 'v', 'x', 'both' or 'edm', or set config.progressive.num_updates=0 to train the teacher "
+            "alone."
         )

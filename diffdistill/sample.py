@@ -6,11 +6,12 @@ the same picture in a batch of one or of fifty thousand, on one device or on eig
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class Generator:
       num_steps: the number of steps that it is meant for.
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
-      sampler, clip, variance_fraction, batch_size: defaults of `sample`.
+      sampler, clip, batch_size: defaults of `sample`.
+      settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
 
     name: str
@@ -63,9 +65,14 @@ class Generator:
     has_null_class: bool = False
     sampler: str = "ddim"
     clip: bool = True
-    variance_fraction: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
+
+    @property
+    def variance_fraction(self) -> float:
+        """Of the ancestral sampler."""
+        return self.settings.get("variance_fraction", 0.0)
 
     def sample(
         self,
@@ -89,7 +96,8 @@ class Generator:
           w: guidance weight, (1 + w) conditional - w unconditional; 0 is no guidance.
           num_steps: steps of the sampler; by default those that the stage was trained for.
           sampler: a name of samplers.SAMPLERS.
-          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds'.
+          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds', for any sampler: those
+            of EDM multiply it by their first noise level themselves.
           progress: called with the number of images done so far.
 
         Raises:
@@ -100,7 +108,7 @@ class Generator:
         self._check(num, seed, w, num_steps, sampler, latents)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
         chosen = self._labels(seeds, labels)
-        run = self._compiled(sampler, two_branches=self.guidance_range is None and w != 0.0)
+        run = self._compiled(sampler, two_branches=self._two_branches(w))
         mesh = meshes.make_mesh()
         # Few images do not need a whole batch; powers of two keep the number of compiled programs small.
         wanted = min(self.batch_size, 2 ** math.ceil(math.log2(num)))
@@ -114,8 +122,15 @@ class Generator:
             kept = min(chunk, num - first)
             pictures[first : first + kept] = np.asarray(pixels)[:kept]
             progress(first + kept)
-        branches = 2 if self.guidance_range is None and w != 0.0 else 1
-        return Samples(pictures, chosen, seeds, num_steps * branches)
+        return Samples(pictures, chosen, seeds, self.network_evaluations(num_steps, w, sampler))
+
+    def network_evaluations(self, num_steps: int, w: float, sampler: str) -> int:
+        """Evaluations of the network per image: those of the sampler, each twice where two branches guide the model."""
+        settings = samplers.settings_of(sampler, self.settings)
+        return samplers.num_evaluations(sampler, num_steps, settings) * (2 if self._two_branches(w) else 1)
+
+    def _two_branches(self, w: float) -> bool:
+        return self.guidance_range is None and w != 0.0
 
     def _check(self, num: int, seed: int, w: float, num_steps: int, sampler: str, latents: np.ndarray | None) -> None:
         if num < 1:
@@ -178,7 +193,7 @@ class Generator:
             self.schedule,
             sampler,
             self.clip,
-            self.variance_fraction,
+            tuple(samplers.settings_of(sampler, self.settings).items()),
             two_branches,
             self.guidance_range is not None,
         )
@@ -190,13 +205,12 @@ def _compiled(
     schedule: Schedule,
     sampler: str,
     clip: bool,
-    variance_fraction: float,
+    settings: tuple[tuple[str, Any], ...],
     two_branches: bool,
     takes_guidance: bool,
 ) -> Callable[..., jax.Array]:
     """One compiled program for every stage with these networks, every number of steps and every w."""
     model = guided(denoiser) if two_branches else denoiser
-    settings = {"variance_fraction": variance_fraction} if sampler == "ancestral" else {}
     mesh = meshes.make_mesh()
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
@@ -223,7 +237,7 @@ def _compiled(
             num_steps,
             keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             clip=clip,
-            **settings,
+            **dict(settings),
         )
         return to_bytes(x)
 
@@ -273,7 +287,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         has_null_class=stage.method == "teacher" and config.model.conditional and config.teacher.label_dropout > 0,
         sampler=config.sampling.sampler,
         clip=config.sampling.clip,
-        variance_fraction=config.sampling.variance_fraction,
+        settings=dataclasses.asdict(config.sampling),
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
     )
