@@ -28,8 +28,8 @@ from diffdistill.methods import Method
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
 from diffdistill.methods.teacher import teacher
+from diffdistill.models import architectures
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.models.unet import UNet
 from diffdistill.training.state import Optimization, Updater
 
 
@@ -116,18 +116,24 @@ def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: floa
 def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dropout: float) -> Denoiser:
     output = parameterisation.get(model.prediction, **_sigma_data(model.prediction, model))
     num_classes = facts.num_classes if model.conditional else 0
-    network = UNet(
+    network = architectures.build(
+        model.architecture,
         channels=model.channels,
         multipliers=model.multipliers,
         embedding=model.embedding,
         output_channels=output.output_channels(facts.image_shape[-1]),
         blocks_per_level=model.blocks_per_level,
         attention_resolutions=model.attention_resolutions,
-        num_heads=None if model.head_dim else model.num_heads,
-        head_dim=model.head_dim or None,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
         dropout=dropout,
         num_classes=num_classes,
         guidance_embedding=guidance_embedding,
+        augmentation_features=model.augmentation_features,
+        encoder=model.encoder,
+        decoder=model.decoder,
+        noise_features=model.noise_features,
+        noise_frequencies=model.noise_frequencies,
         num_groups=model.num_groups,
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from diffdistill import fields
 from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.fields import ConfigError
+from diffdistill.models import architectures, song_unet
 from diffdistill.samplers import SAMPLERS, heun, sigmas
 
 
@@ -52,6 +53,7 @@ class ModelConfig:
     prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
     sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
+    architecture: str = "unet"  # unet | ddpmpp | ncsnpp | edm_adm
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2)
     embedding: int = 512
@@ -59,7 +61,13 @@ class ModelConfig:
     attention_resolutions: tuple[int, ...] = (8,)
     num_heads: int = 1  # used where head_dim is 0
     head_dim: int = 0
-    num_groups: int = 32
+    num_groups: int = 32  # of ddpmpp, ncsnpp and edm_adm: at most, with four channels each at least
+    augmentation_features: int = 0  # length of the augmentation label, of all but unet
+    # Empty or 0: the architecture's own.
+    encoder: str = ""  # standard | residual | skip, of ddpmpp and ncsnpp
+    decoder: str = ""  # standard | skip, of ddpmpp and ncsnpp
+    noise_features: int = 0  # width of the embedding of the noise level, of all but unet
+    noise_frequencies: tuple[float, ...] = ()  # constants of ncsnpp, noise_features / 2 of them
     dtype: str = "float32"  # compute type; parameters stay float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
     attention: str = "auto"
@@ -188,7 +196,7 @@ def smoke(config: Any) -> Any:
     model = config.model
     model.channels, model.embedding, model.num_groups, model.blocks_per_level = 8, 16, 4, 1
     model.multipliers, model.attention_resolutions, model.dtype = (1, 2), (4,), "float32"
-    model.num_heads, model.head_dim = 1, 0
+    model.num_heads, model.head_dim, model.noise_features, model.noise_frequencies = 1, 0, 0, ()
     for stage in (config.teacher, config.guided, config.progressive):
         stage.num_updates, stage.batch_size = min(stage.num_updates, 6), 16
         stage.warmup_updates = min(stage.warmup_updates, 2)
@@ -242,6 +250,7 @@ def _check_names(config: Config) -> None:
     fields.one_of("config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record"])
     fields.one_of("config.process.schedule", config.process.schedule, list(schedules.SCHEDULES))
     fields.one_of("config.model.prediction", config.model.prediction, list(parameterisation.PARAMETERISATIONS))
+    _check_architecture(config.model)
     fields.one_of("config.model.dtype", config.model.dtype, ["float32", "bfloat16"])
     fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
     fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
@@ -254,6 +263,22 @@ def _check_names(config: Config) -> None:
     for name in ("teacher", "guided", "progressive"):
         stage: OptimizationConfig = getattr(config, name)
         fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
+
+
+def _check_architecture(model: ModelConfig) -> None:
+    fields.one_of("config.model.architecture", model.architecture, list(architectures.ARCHITECTURES))
+    fields.one_of("config.model.encoder", model.encoder, ["", *song_unet.ENCODERS])
+    fields.one_of("config.model.decoder", model.decoder, ["", *song_unet.DECODERS])
+    try:
+        architectures.check(model.architecture, dataclasses.asdict(model))
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error
+    needed = model.noise_features or 2 * model.channels
+    if model.noise_frequencies and 2 * len(model.noise_frequencies) != needed:
+        raise ConfigError(
+            f"config.model.noise_frequencies has {len(model.noise_frequencies)} entries, but must have half as many as "
+            f"the embedding of the noise level has features, {needed / 2:g}; leave it empty for the built-in draw."
+        )
 
 
 def _check_ranges(config: Config) -> None:
@@ -293,6 +318,8 @@ def _check_ranges(config: Config) -> None:
         least(f"config.evaluation.num_steps[{index}]", steps, 1)
     for name in ("channels", "embedding", "blocks_per_level", "num_groups"):
         least(f"config.model.{name}", getattr(config.model, name), 1)
+    for name in ("augmentation_features", "noise_features"):
+        least(f"config.model.{name}", getattr(config.model, name), 0)
     least("config.data.image_size", config.data.image_size, 0)
     least("config.data.channels", config.data.channels, 0)
     least("config.seed", config.seed, 0)
@@ -321,7 +348,7 @@ def _check_combinations(config: Config) -> None:
     model, guided, progressive = config.model, config.guided, config.progressive
     if not model.multipliers:
         raise ConfigError("config.model.multipliers is empty: it needs one entry per resolution, such as (1, 2).")
-    for multiplier in model.multipliers:
+    for multiplier in model.multipliers if model.architecture == "unet" else ():
         if model.channels * multiplier % model.num_groups:
             raise ConfigError(
                 f"config.model.channels x multiplier = {model.channels * multiplier} cannot be split into "

@@ -37,7 +37,7 @@ def read(path: Path, *, image_size: int = 0, prediction: str = "") -> ImportedMo
                 f"it has no entry 'ema_params', only {', '.join(sorted(map(str, content))) or 'nothing'}"
             )
         flat = flax.traverse_util.flatten_dict(dict(averaged), sep="/")
-        # flax forbids the dots of their names today.
+        # Their modules are called down_0.block_0, ours down_0_block_0.
         tensors = {str(name).replace(".", "_"): np.asarray(value) for name, value in flat.items()}
         return _import(path, tensors, image_size, prediction, int(content.get("num_sample_steps") or 0))
     except WeightsError as error:

@@ -14,6 +14,8 @@ import persistent_pickle
 import pytest
 from drawn_tensors import drawn
 
+from diffdistill import chain
+from diffdistill.config import resolve
 from diffdistill.diffusion import parameterisation
 from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.weights import WeightsError
@@ -252,3 +254,12 @@ def test_a_missing_file_and_an_unknown_source_are_named(tmp_path):
         import_weights("edm", tmp_path / "none.pkl")
     with pytest.raises(WeightsError, match="choose one of edm, guided-diffusion, progressive"):
         import_weights("edn", tmp_path / "none.pkl")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_rebuilds_the_imported_network(write, variant):
+    imported = import_weights("edm", write(variant))
+    settings = {"prediction": imported.prediction, "conditional": imported.num_classes > 0, **imported.model}
+    config = resolve(json.loads(json.dumps({"model": settings, "teacher": {"num_updates": 1}})))
+    facts = chain.DataFacts(imported.image_shape, imported.num_classes)
+    assert chain.denoiser_of(config, chain.plan(config)[0], facts).network == imported.network
