@@ -43,6 +43,7 @@ def draw_all(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 def main(checkout: str, folder: str = "") -> None:
     sys.path.insert(0, checkout)
+    from generate import edm_sampler
     from training import networks
 
     golden = {}
@@ -70,6 +71,10 @@ def main(checkout: str, folder: str = "") -> None:
             golden[f"{name}/{key}"] = images.transpose(0, 2, 3, 1)
         if augmentation is not None:
             golden[f"{name}/augmentation"] = augmentation
+        if name == "ddpmpp-cond":
+            with torch.no_grad():
+                images = edm_sampler(net, torch.from_numpy(x), label, num_steps=18)
+            golden[f"{name}/sampled"] = images.numpy().astype(np.float32).transpose(0, 2, 3, 1)
         if folder:
             content = {"ema": net.requires_grad_(False), "loss_fn": None, "augment_pipe": None, "dataset_kwargs": {}}
             pathlib.Path(folder, f"{name}.pkl").write_bytes(pickle.dumps(content))

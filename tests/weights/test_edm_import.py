@@ -1,6 +1,7 @@
 """Pickles in the form of NVlabs/edm: the reference implementation's outputs, recognition, and refusal of code."""
 
 import builtins
+import functools
 import json
 import os
 import pathlib
@@ -16,8 +17,9 @@ from drawn_tensors import drawn
 
 from diffdistill import chain
 from diffdistill.config import resolve
-from diffdistill.diffusion import parameterisation
+from diffdistill.diffusion import parameterisation, schedules
 from diffdistill.models.denoiser import Condition, Denoiser
+from diffdistill.samplers import heun
 from diffdistill.weights import WeightsError
 from diffdistill.weights.sources import import_weights
 
@@ -107,6 +109,20 @@ def test_denoiser_is_that_of_the_reference(write, variant, prediction, sigma_min
     with jax.default_matmul_precision("highest"):
         x_hat = jax.jit(denoiser)(imported.params, z, -2 * jnp.log(sigma), condition)
     np.testing.assert_allclose(x_hat, GOLDEN[f"{variant}/denoised"], atol=1e-4)
+
+
+def test_heun_gives_the_images_of_the_reference(write):
+    imported = import_weights("edm", write("ddpmpp-cond"))
+    denoiser = Denoiser(imported.network, parameterisation.get("edm"), imported.num_classes, imported.image_shape)
+    condition = Condition(label=jnp.asarray([2, 0]))
+
+    def run(params, z):
+        denoise = functools.partial(denoiser, params, condition=condition)
+        return heun.sample(denoise, z, schedules.get("edm"), 18, clip=False)
+
+    with jax.default_matmul_precision("highest"):
+        images = jax.jit(run)(imported.params, jnp.asarray(GOLDEN["ddpmpp-cond/x"]))
+    np.testing.assert_allclose(images, GOLDEN["ddpmpp-cond/sampled"], atol=1e-3)
 
 
 def test_network_is_recognised_from_the_tensors(write):
