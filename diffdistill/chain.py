@@ -6,9 +6,11 @@ A plan is a tuple of :class:`Stage`. Adding a distillation method means one file
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from diffdistill.config import (
@@ -20,14 +22,14 @@ from diffdistill.config import (
     ProcessConfig,
     TeacherConfig,
 )
-from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import Method
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
 from diffdistill.methods.teacher import teacher
+from diffdistill.models import architectures
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.models.unet import UNet
 from diffdistill.training.state import Optimization, Updater
 
 
@@ -112,26 +114,52 @@ def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: floa
 
 @functools.cache
 def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dropout: float) -> Denoiser:
-    output = parameterisation.get(model.prediction)
+    output = parameterisation.get(model.prediction, **_sigma_data(model.prediction, model))
     num_classes = facts.num_classes if model.conditional else 0
-    network = UNet(
+    network = architectures.build(
+        model.architecture,
         channels=model.channels,
         multipliers=model.multipliers,
         embedding=model.embedding,
         output_channels=output.output_channels(facts.image_shape[-1]),
         blocks_per_level=model.blocks_per_level,
         attention_resolutions=model.attention_resolutions,
-        num_heads=None if model.head_dim else model.num_heads,
-        head_dim=model.head_dim or None,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
         dropout=dropout,
         num_classes=num_classes,
         guidance_embedding=guidance_embedding,
+        augmentation_features=model.augmentation_features,
+        encoder=model.encoder,
+        decoder=model.decoder,
+        noise_features=model.noise_features,
+        noise_frequencies=model.noise_frequencies,
         num_groups=model.num_groups,
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
         attention=model.attention,
     )
     return Denoiser(network, output, num_classes, facts.image_shape)
+
+
+def weight_of(model: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+    """The loss weight called `name`, told the standard deviation of the data where it asks for it."""
+    return weighting.get(name, **_sigma_data(name, model))
+
+
+def _sigma_data(name: str, model: ModelConfig) -> dict[str, float]:
+    return {"sigma_data": model.sigma_data} if name == "edm" else {}
+
+
+def noise_of(settings: TeacherConfig) -> Callable[[jax.Array], jax.Array] | None:
+    """The distribution of the noise that a teacher trains on; None where its schedule is to say it."""
+    if settings.noise == "schedule":
+        return None
+    own = {
+        "lognormal": {"p_mean": settings.p_mean, "p_std": settings.p_std},
+        "ve": {"sigma_min": settings.noise_sigma_min, "sigma_max": settings.noise_sigma_max},
+    }
+    return noise.get(settings.noise, **own.get(settings.noise, {}))
 
 
 def updater_of(stage: Stage) -> Updater:
@@ -168,10 +196,11 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     settings = stage.settings
     denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)
     schedule = schedule_of(config.process)
-    weight, updater = weighting.get(settings.weight), updater_of(stage)
+    weight, updater = weight_of(config.model, settings.weight), updater_of(stage)
     common: dict[str, Any] = {"stratified": settings.stratified_times}
     if isinstance(settings, TeacherConfig):
-        return teacher(denoiser, schedule, weight, updater, label_dropout=settings.label_dropout, **common)
+        common |= {"label_dropout": settings.label_dropout, "noise": noise_of(settings)}
+        return teacher(denoiser, schedule, weight, updater, **common)
     if isinstance(settings, GuidedConfig):
         teacher_network = _denoiser(config.model, "none", facts, 0.0)
         return distillation(

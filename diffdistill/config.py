@@ -15,10 +15,11 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from diffdistill import fields
-from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
 from diffdistill.fields import ConfigError
-from diffdistill.samplers import SAMPLERS
+from diffdistill.models import architectures, song_unet
+from diffdistill.samplers import SAMPLERS, heun, sigmas
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,10 @@ class ProcessConfig:
 class ModelConfig:
     """The network and what it predicts."""
 
-    prediction: str = "v"  # x | eps | v | both | edm
+    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
+    sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
+    architecture: str = "unet"  # unet | ddpmpp | ncsnpp | edm_adm
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2)
     embedding: int = 512
@@ -60,7 +63,13 @@ class ModelConfig:
     attention_resolutions: tuple[int, ...] = (8,)
     num_heads: int = 1  # used where head_dim is 0
     head_dim: int = 0
-    num_groups: int = 32
+    num_groups: int = 32  # of ddpmpp, ncsnpp and edm_adm: at most, with four channels each at least
+    augmentation_features: int = 0  # length of the augmentation label, of all but unet
+    # Empty or 0: the architecture's own.
+    encoder: str = ""  # standard | residual | skip, of ddpmpp and ncsnpp
+    decoder: str = ""  # standard | skip, of ddpmpp and ncsnpp
+    noise_features: int = 0  # width of the embedding of the noise level, of all but unet
+    noise_frequencies: tuple[float, ...] = ()  # constants of ncsnpp, noise_features / 2 of them
     dtype: str = "float32"  # compute type; parameters stay float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
     attention: str = "auto"
@@ -89,6 +98,12 @@ class TeacherConfig(OptimizationConfig):
     """Training on data."""
 
     label_dropout: float = 0.1
+    # How noisy the examples are: as the schedule at uniform t, or, whatever the schedule: lognormal | vp | ve | iddpm.
+    noise: str = "schedule"
+    p_mean: float = -1.2  # of lognormal: ln s is normal with this mean and p_std, s = sigma / alpha
+    p_std: float = 1.2
+    noise_sigma_min: float = 0.02  # of ve: ln s is uniform between the logarithms of these
+    noise_sigma_max: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,22 @@ class SamplingConfig:
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
     # edm: to the nearest byte; adm: truncated, as in the papers that evaluate with ADM's code
     quantisation: str = "edm"
+    # Of euler, heun, churn and ablation: noise levels s = sigma / alpha from sigma_max to sigma_min (0: the published
+    # ends), spread by rho, never beyond what the process has; alpha of steps of second order (1 Heun, 1/2 midpoint).
+    sigma_min: float = 0.0
+    sigma_max: float = 0.0
+    rho: float = 7.0
+    alpha: float = 1.0
+    # Of churn: heun.TUNED_CHURN holds the published choices.
+    s_churn: float = 40.0
+    s_tmin: float = 0.05
+    s_tmax: float = 50.0
+    s_noise: float = 1.003
+    # Of ablation.
+    solver: str = "heun"  # euler | heun
+    discretisation: str = "edm"  # edm | vp | ve | iddpm
+    noise_schedule: str = "linear"  # linear | vp | ve
+    scaling: str = "none"  # none | vp
 
 
 @dataclass(frozen=True)
@@ -181,7 +212,7 @@ def smoke(config: Any) -> Any:
     model = config.model
     model.channels, model.embedding, model.num_groups, model.blocks_per_level = 8, 16, 4, 1
     model.multipliers, model.attention_resolutions, model.dtype = (1, 2), (4,), "float32"
-    model.num_heads, model.head_dim = 1, 0
+    model.num_heads, model.head_dim, model.noise_features, model.noise_frequencies = 1, 0, 0, ()
     for stage in (config.teacher, config.guided, config.progressive):
         stage.num_updates, stage.batch_size = min(stage.num_updates, 6), 16
         stage.warmup_updates = min(stage.warmup_updates, 2)
@@ -236,6 +267,7 @@ def _check_names(config: Config) -> None:
     fields.one_of("config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record"])
     fields.one_of("config.process.schedule", config.process.schedule, list(schedules.SCHEDULES))
     fields.one_of("config.model.prediction", config.model.prediction, list(parameterisation.PARAMETERISATIONS))
+    _check_architecture(config.model)
     fields.one_of("config.model.dtype", config.model.dtype, ["float32", "bfloat16"])
     fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
     fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
@@ -246,9 +278,30 @@ def _check_names(config: Config) -> None:
     fields.one_of("config.evaluation.protocol", config.evaluation.protocol, list(PROTOCOLS))
     if config.evaluation.reference_protocol:
         fields.one_of("config.evaluation.reference_protocol", config.evaluation.reference_protocol, list(PROTOCOLS))
+    fields.one_of("config.sampling.solver", config.sampling.solver, list(heun.EVALUATIONS))
+    fields.one_of("config.sampling.discretisation", config.sampling.discretisation, list(sigmas.DISCRETISATIONS))
+    fields.one_of("config.sampling.noise_schedule", config.sampling.noise_schedule, list(sigmas.PATHS))
+    fields.one_of("config.sampling.scaling", config.sampling.scaling, list(sigmas.SCALINGS))
+    fields.one_of("config.teacher.noise", config.teacher.noise, ["schedule", *noise.NOISES])
     for name in ("teacher", "guided", "progressive"):
         stage: OptimizationConfig = getattr(config, name)
         fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
+
+
+def _check_architecture(model: ModelConfig) -> None:
+    fields.one_of("config.model.architecture", model.architecture, list(architectures.ARCHITECTURES))
+    fields.one_of("config.model.encoder", model.encoder, ["", *song_unet.ENCODERS])
+    fields.one_of("config.model.decoder", model.decoder, ["", *song_unet.DECODERS])
+    try:
+        architectures.check(model.architecture, dataclasses.asdict(model))
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error
+    needed = model.noise_features or 2 * model.channels
+    if model.noise_frequencies and 2 * len(model.noise_frequencies) != needed:
+        raise ConfigError(
+            f"config.model.noise_frequencies has {len(model.noise_frequencies)} entries, but must have half as many as "
+            f"the embedding of the noise level has features, {needed / 2:g}; leave it empty for the built-in draw."
+        )
 
 
 def _check_ranges(config: Config) -> None:
@@ -276,6 +329,13 @@ def _check_ranges(config: Config) -> None:
     least("config.training.updates_per_call", config.training.updates_per_call, 0)
     least("config.sampling.batch_size", config.sampling.batch_size, 1)
     least("config.sampling.variance_fraction", config.sampling.variance_fraction, 0.0, 1.0)
+    for name in ("sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise"):
+        least(f"config.sampling.{name}", getattr(config.sampling, name), 0.0)
+    least("config.sampling.rho", config.sampling.rho, 1.0)
+    least("config.sampling.alpha", config.sampling.alpha, 0.01, 1.0)
+    least("config.teacher.p_std", config.teacher.p_std, 0.0)
+    least("config.teacher.noise_sigma_min", config.teacher.noise_sigma_min, 1e-12, config.teacher.noise_sigma_max)
+    least("config.model.sigma_data", config.model.sigma_data, 1e-12)
     least("config.evaluation.num_samples", config.evaluation.num_samples, 0)
     least("config.evaluation.reference_images", config.evaluation.reference_images, 0)
     least("config.evaluation.reservoir", config.evaluation.reservoir, 2)
@@ -285,6 +345,8 @@ def _check_ranges(config: Config) -> None:
         least(f"config.evaluation.num_steps[{index}]", steps, 1)
     for name in ("channels", "embedding", "blocks_per_level", "num_groups"):
         least(f"config.model.{name}", getattr(config.model, name), 1)
+    for name in ("augmentation_features", "noise_features"):
+        least(f"config.model.{name}", getattr(config.model, name), 0)
     least("config.data.image_size", config.data.image_size, 0)
     least("config.data.channels", config.data.channels, 0)
     least("config.seed", config.seed, 0)
@@ -292,7 +354,7 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError("config.evaluation.num_samples is 1, but a distance needs 2 or more; 0 leaves it out.")
     try:
         process = config.process
-        schedules.get(
+        schedule = schedules.get(
             process.schedule,
             log_snr_min=process.log_snr_min,
             log_snr_max=process.log_snr_max,
@@ -300,13 +362,20 @@ def _check_ranges(config: Config) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"config.process: {error}") from error
+    sampling = config.sampling
+    try:
+        for name in ("edm", sampling.discretisation):  # whichever sampler the command line then asks for
+            low, high = sigmas.sigma_range(schedule, name, sampling.sigma_min, sampling.sigma_max)
+            sigmas.DISCRETISATIONS[name].make(low, high, sampling.rho)
+    except ValueError as error:
+        raise ConfigError(f"config.sampling: {error}.") from error
 
 
 def _check_combinations(config: Config) -> None:
     model, guided, progressive = config.model, config.guided, config.progressive
     if not model.multipliers:
         raise ConfigError("config.model.multipliers is empty: it needs one entry per resolution, such as (1, 2).")
-    for multiplier in model.multipliers:
+    for multiplier in model.multipliers if model.architecture == "unet" else ():
         if model.channels * multiplier % model.num_groups:
             raise ConfigError(
                 f"config.model.channels x multiplier = {model.channels * multiplier} cannot be split into "
@@ -359,9 +428,10 @@ def _check_halving(config: Config) -> None:
             "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
             "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
         )
-    if config.model.prediction == "eps":
+    if config.model.prediction in ("eps", "vp", "ve", "iddpm"):
         raise ConfigError(
-            "config.model.prediction='eps' cannot be distilled progressively: towards zero signal-to-noise the output "
-            "no longer determines x (Salimans & Ho 2022, section 4). Use 'v', 'x' or 'both', or set "
-            "config.progressive.num_updates=0 to train the teacher alone."
+            f"config.model.prediction={config.model.prediction!r} cannot be distilled progressively: the network "
+            "predicts the noise, and towards zero signal-to-noise this no longer determines x (Salimans & Ho 2022, "
+            "section 4). Use 'v', 'x', 'both' or 'edm', or set config.progressive.num_updates=0 to train the teacher "
+            "alone."
         )

@@ -148,7 +148,7 @@ class _Model:
         if item.seed == _first_seed(self.folder):
             self.show(item, figures.shown)
         known = {
-            "network_evaluations": self.generator.network_evaluations(item.num_steps, item.w),
+            "network_evaluations": self.generator.network_evaluations(item.num_steps, item.w, item.sampler),
             "hardware": meshes.describe(meshes.make_mesh()),
             "wall_time": figures.seconds,
         }
@@ -180,7 +180,7 @@ class _Model:
             num_samples=config.evaluation.num_samples,
             seed=item.seed,
             params_hash=self.digest,
-            protocol=self.judge.protocol(self.generator),
+            protocol=self.judge.protocol(item, self.generator),
             config=config.name,
             dataset=config.data.dataset or config.data.source,
             conditional=config.model.conditional,

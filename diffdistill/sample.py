@@ -6,11 +6,12 @@ the same picture in a batch of one or of fifty thousand, on one device or on eig
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Generator:
       num_steps: the number of steps that it is meant for.
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
-      sampler, clip, variance_fraction, quantisation, batch_size: defaults of `sample`.
+      sampler, clip, quantisation, batch_size: defaults of `sample`.
+      settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
 
     name: str
@@ -64,7 +66,7 @@ class Generator:
     has_null_class: bool = False
     sampler: str = "ddim"
     clip: bool = True
-    variance_fraction: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     quantisation: str = "edm"
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
@@ -91,7 +93,8 @@ class Generator:
           w: guidance weight, (1 + w) conditional - w unconditional; 0 is no guidance.
           num_steps: steps of the sampler; by default those that the stage was trained for.
           sampler: a name of samplers.SAMPLERS.
-          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds'.
+          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds', for any sampler: those
+            of EDM multiply it by their first noise level themselves.
           progress: called with the number of images done so far.
 
         Raises:
@@ -104,7 +107,12 @@ class Generator:
             pictures[chunk.first : chunk.stop] = meshes.all_rows(chunk.images)[: chunk.stop - chunk.first]
             progress(chunk.stop)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
-        return Samples(pictures, self._labels(seeds, labels), seeds, self.network_evaluations(num_steps, w))
+        return Samples(
+            pictures,
+            self._labels(seeds, labels),
+            seeds,
+            self.network_evaluations(num_steps, w, sampler or self.sampler),
+        )
 
     def stream(
         self,
@@ -144,14 +152,15 @@ class Generator:
         wanted = min(self.batch_size, 2 ** math.ceil(math.log2(num)))
         return -(-wanted // devices) * devices
 
-    def network_evaluations(self, num_steps: int, w: float) -> int:
-        """Evaluations of the network per image."""
-        return num_steps * (2 if self._two_branches(w) else 1)
+    def network_evaluations(self, num_steps: int, w: float, sampler: str) -> int:
+        """Evaluations of the network per image: those of the sampler, each twice where two branches guide the model."""
+        settings = samplers.settings_of(sampler, self.settings)
+        return samplers.num_evaluations(sampler, num_steps, settings) * (2 if self._two_branches(w) else 1)
 
-    def settings_text(self) -> str:
-        """The defaults that a figure about the samples depends on, in words."""
-        clip = "clip" if self.clip else "no clip"
-        return f"{clip}, variance fraction {self.variance_fraction:g}, {self.quantisation} quantisation"
+    def settings_text(self, sampler: str) -> str:
+        """What samples of one seed depend on besides steps, sampler and w, in words."""
+        own = [f"{name} {value}" for name, value in samplers.settings_of(sampler, self.settings).items()]
+        return ", ".join(["clip" if self.clip else "no clip", *own, f"{self.quantisation} quantisation"])
 
     def _two_branches(self, w: float) -> bool:
         return self.guidance_range is None and w != 0.0
@@ -217,7 +226,7 @@ class Generator:
             self.schedule,
             sampler,
             self.clip,
-            self.variance_fraction,
+            tuple(samplers.settings_of(sampler, self.settings).items()),
             self.quantisation,
             two_branches,
             self.guidance_range is not None,
@@ -230,14 +239,13 @@ def _compiled(
     schedule: Schedule,
     sampler: str,
     clip: bool,
-    variance_fraction: float,
+    settings: tuple[tuple[str, Any], ...],
     quantisation: str,
     two_branches: bool,
     takes_guidance: bool,
 ) -> Callable[..., jax.Array]:
     """One compiled program for every stage with these networks, every number of steps and every w."""
     model = guided(denoiser) if two_branches else denoiser
-    settings = {"variance_fraction": variance_fraction} if sampler == "ancestral" else {}
     mesh = meshes.make_mesh()
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
@@ -264,7 +272,7 @@ def _compiled(
             num_steps,
             keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             clip=clip,
-            **settings,
+            **dict(settings),
         )
         return protocols.quantise(x, quantisation)
 
@@ -309,7 +317,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         has_null_class=stage.method == "teacher" and config.model.conditional and config.teacher.label_dropout > 0,
         sampler=config.sampling.sampler,
         clip=config.sampling.clip,
-        variance_fraction=config.sampling.variance_fraction,
+        settings=dataclasses.asdict(config.sampling),
         quantisation=config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,

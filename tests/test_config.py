@@ -99,6 +99,18 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
         ({"data": {"path": "/somewhere"}}, ["embedded"]),
         ({"process": {"log_snr_min": 5.0, "log_snr_max": 1.0}}, ["config.process", "log_snr_min=5.0"]),
         ({"process": {"log_snr_max": 90.0}}, ["config.process", "log_snr_max=90.0"]),
+        ({"progressive": {"num_updates": 5}, "model": {"prediction": "ve"}}, ["'ve'", "'edm'"]),
+        ({"model": {"sigma_data": 0.0}}, ["config.model.sigma_data"]),
+        ({"teacher": {"noise": "lognorm"}}, ["config.teacher.noise", "'lognormal'", "schedule"]),
+        ({"teacher": {"noise_sigma_min": 5.0, "noise_sigma_max": 1.0}}, ["config.teacher.noise_sigma_min", "to 1.0"]),
+        ({"sampling": {"solver": "hen"}}, ["config.sampling.solver", "'heun'"]),
+        ({"sampling": {"discretisation": "v"}}, ["config.sampling.discretisation", "iddpm"]),
+        ({"sampling": {"noise_schedule": "line"}}, ["config.sampling.noise_schedule", "'linear'"]),
+        ({"sampling": {"scaling": "v"}}, ["config.sampling.scaling", "none, vp"]),
+        ({"sampling": {"alpha": 0.0}}, ["config.sampling.alpha", "from 0.01 to 1.0"]),
+        ({"sampling": {"s_churn": -1.0}}, ["config.sampling.s_churn", "at least 0.0"]),
+        ({"sampling": {"sigma_min": 90.0}}, ["config.sampling", "sigma_min=90", "no noise levels"]),
+        ({"process": {"log_snr_max": -10.0}}, ["config.sampling", "leave no noise levels of the schedule 'cosine'"]),
     ],
 )
 def test_impossible_choices_are_refused(groups, words):

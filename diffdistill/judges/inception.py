@@ -30,9 +30,9 @@ class InceptionJudge:
     def __init__(self, folder: Workdir, network: Network, reference: Reference, say: Callable[[str], Any]) -> None:
         self._folder, self._network, self._reference, self._say = folder, network, reference, say
 
-    def protocol(self, generator: Generator) -> str:
+    def protocol(self, item: Measurement, generator: Generator) -> str:
         """Protocol, weights, reference and the sampler's settings."""
-        return f"{self._network.text()}, reference {self._reference.digest()}, {generator.settings_text()}"
+        return f"{self._network.text()}, reference {self._reference.digest()}, {generator.settings_text(item.sampler)}"
 
     def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
         """What the reference allows."""
@@ -54,7 +54,7 @@ class InceptionJudge:
             return generator.stream(evaluation.num_samples, first=first, **settings)
 
         identity = json.dumps([item.text(), item.seed, digest, evaluation.num_samples, evaluation.reservoir])
-        partial = Partial(self._folder.path / "evaluation" / ".partial", f"{identity} {self.protocol(generator)}")
+        partial = Partial(self._folder.path / "evaluation" / ".partial", f"{identity} {self.protocol(item, generator)}")
         statistics, pace = stream.accumulate(
             chunks,
             self._network.extract,

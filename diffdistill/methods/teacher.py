@@ -25,8 +25,9 @@ def teacher(
     *,
     label_dropout: float = 0.0,
     stratified: bool = False,
+    noise: Callable[[jax.Array], jax.Array] | None = None,
 ) -> base.Method:
-    """Method that fits ``denoiser`` to data: weight(log_snr) ||D(z_t, log_snr, label) - x||^2, t uniform.
+    """Method that fits ``denoiser`` to data: weight(log_snr) ||D(z, log_snr, label) - x||^2 at random noise levels.
 
     Args:
       denoiser: network and parameterisation; conditional where its number of classes is positive.
@@ -34,7 +35,8 @@ def teacher(
       weight: factor on the mean squared error of x_hat, a function of log-SNR (see diffusion.weighting).
       updater: optimiser.
       label_dropout: probability of the null class, 0 to 1.
-      stratified: spread the times of one batch evenly (see base.uniform).
+      stratified: spread the noise levels of one batch evenly (see base.uniform).
+      noise: log-SNR as a function of a uniform draw (see diffusion.noise); None: that of the schedule at uniform t.
     """
 
     def loss(
@@ -43,7 +45,10 @@ def teacher(
         del frozen, arguments
         random = base.streams(key)
         x = base.images(batch)
-        log_snr = schedule.log_snr(base.training_times(random["time"], x.shape[0], schedule, stratified=stratified))
+        if noise is None:
+            log_snr = schedule.log_snr(base.training_times(random["time"], x.shape[0], schedule, stratified=stratified))
+        else:
+            log_snr = noise(base.uniform(random["time"], x.shape[0], stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
         condition = Condition()
         if denoiser.num_classes:

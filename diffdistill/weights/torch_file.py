@@ -55,7 +55,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """Stands for a tensor: a view of a storage, looked at once everything is read."""
 
     storage: _Storage
@@ -80,18 +80,18 @@ class _Tensor:
         return np.array(view)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     whole = [offset, *shape, *strides]
     if not isinstance(storage, _Storage) or not all(type(n) is int for n in whole) or len(shape) != len(strides):
         raise WeightsError("a tensor is not described by a storage and whole numbers")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-_KNOWN: dict[tuple[str, str], Any] = {
+KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -101,16 +101,16 @@ _KNOWN: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names in _KNOWN and `find_storage`, nothing else."""
+    """Knows the names in KNOWN and `find_storage`, nothing else."""
 
     def __init__(self, file: BinaryIO, find_storage: Callable[[str, np.dtype[Any], int], _Storage]) -> None:
         super().__init__(file, encoding="utf-8")
         self._find_storage = find_storage
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in _KNOWN:
+        if (module_name, global_name) not in KNOWN:
             raise WeightsError(f"it names {module_name}.{global_name}, which has no place among tensors")
-        return _KNOWN[module_name, global_name]
+        return KNOWN[module_name, global_name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
@@ -132,7 +132,7 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            content = _read_zip(file) if zipfile.is_zipfile(path) else _read_stream(file)
+            content = _read_zip(file) if zipfile.is_zipfile(path) else read_stream(file)
             found = _arrays(content)
     except WeightsError as error:
         raise WeightsError(f"{path} is refused: {error}.") from error
@@ -169,7 +169,8 @@ def _read_zip(file: BinaryIO) -> Any:
             return _Unpickler(stream, find).load()  # type: ignore[arg-type]
 
 
-def _read_stream(file: BinaryIO) -> Any:
+def read_stream(file: BinaryIO) -> Any:
+    """The object in an open file of the format before the zip file, with Tensor in place of tensors."""
     storages: dict[str, _Storage] = {}
 
     def find(key: str, dtype: np.dtype[Any], size: int) -> _Storage:
@@ -196,7 +197,7 @@ def _read_stream(file: BinaryIO) -> Any:
 
 def _arrays(content: Any) -> Any:
     """The same containers with arrays in place of tensors."""
-    if isinstance(content, _Tensor):
+    if isinstance(content, Tensor):
         return content.array()
     if isinstance(content, Mapping):
         return {key: _arrays(value) for key, value in content.items()}

@@ -1,0 +1,56 @@
+"""Presets of EDM's table 1: each resolves, says what its column says, and mixes with the others."""
+
+import itertools
+
+import pytest
+
+from diffdistill import chain, presets, samplers
+from diffdistill.config import default_config, resolve
+
+
+def config(*names):
+    settings = default_config()
+    settings.teacher.num_updates = 1
+    for name in names:
+        presets.apply(settings, name)
+    return settings
+
+
+COLUMNS = {  # levels on which the network is trained, evaluations in 18 steps
+    "vp": ((0.00100050, 152.167), 18),
+    "ve": ((0.02, 100.0), 18),
+    "iddpm": ((0.00642541, 20291.17), 18),
+    "edm": ((0.002, 80.0), 35),
+}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_is_its_column(name):
+    levels, evaluations = COLUMNS[name]
+    resolved = resolve(config(name))
+    assert chain.schedule_of(resolved.process).sigma_range() == pytest.approx(levels, rel=1e-4)
+    assert resolved.model.prediction == name
+    assert resolved.teacher.weight == ("edm" if name == "edm" else "snr")
+    own = samplers.settings_of("ablation", vars(resolved.sampling))
+    assert samplers.num_evaluations(resolved.sampling.sampler, 18, own) == evaluations
+    assert not resolved.sampling.clip
+
+
+def test_a_later_preset_leaves_nothing_of_an_earlier_one():
+    for first, second in itertools.permutations(presets.PRESETS, 2):
+        assert resolve(config(first, second)) == resolve(config(second))
+
+
+def test_any_mixture_is_legal():
+    """Every group of fields from another preset."""
+    groups = ("process", "model", "teacher", "sampling")
+    for choice in itertools.product(presets.PRESETS, repeat=len(groups)):
+        settings = config("edm")
+        for group, name in zip(groups, choice, strict=True):
+            settings[group].update(presets.PRESETS[name][group])
+        resolve(settings)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match=r"unknown preset 'edn'; known: vp, ve, iddpm, edm"):
+        presets.apply(default_config(), "edn")
