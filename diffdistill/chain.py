@@ -22,6 +22,7 @@ from diffdistill.config import (
     ProcessConfig,
     TeacherConfig,
 )
+from diffdistill.data import augmentation
 from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import Method
@@ -168,12 +169,16 @@ def updater_of(stage: Stage) -> Updater:
     return Updater(
         Optimization(
             learning_rate=settings.learning_rate,
-            warmup_updates=settings.warmup_updates,
+            warmup_updates=settings.warmup_updates or settings.warmup_images / settings.batch_size,
+            warmup_from_zero=settings.warmup_images > 0,
             anneal=settings.anneal,
             weight_decay=settings.weight_decay,
             gradient_clip=settings.gradient_clip,
             ema_decay=settings.ema_decay,
             ema_ramp=settings.ema_ramp,
+            ema_half_life=settings.ema_half_life / settings.batch_size,
+            ema_ramp_ratio=settings.ema_ramp_ratio,
+            replace_non_finite=settings.non_finite == "replace",
         )
     )
 
@@ -197,9 +202,11 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)
     schedule = schedule_of(config.process)
     weight, updater = weight_of(config.model, settings.weight), updater_of(stage)
-    common: dict[str, Any] = {"stratified": settings.stratified_times}
+    common: dict[str, Any] = {"stratified": settings.stratified_times, "parts": settings.parts}
     if isinstance(settings, TeacherConfig):
         common |= {"label_dropout": settings.label_dropout, "noise": noise_of(settings)}
+        if settings.augmentation:
+            common["augment"] = functools.partial(augmentation.augment, probability=settings.augmentation)
         return teacher(denoiser, schedule, weight, updater, **common)
     if isinstance(settings, GuidedConfig):
         teacher_network = _denoiser(config.model, "none", facts, 0.0)

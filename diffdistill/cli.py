@@ -7,12 +7,13 @@ Exit codes: 0 done; 1 the run failed (data, disk, checkpoint); 2 wrong usage or 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def define_flags() -> None:
         "or images made elsewhere (--images). plan: show what a run would do. sample: images from a stage. prepare: "
         "images -> ArrayRecord (--config.data.image_size and --config.data.channels convert). statistics: of the "
         "images of --config.data, for later evaluations. table: published figures beside measured ones. "
-        "fetch-weights: the Inception network.",
+        "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
+        "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -64,7 +66,13 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", "", "evaluate --images: statistics (.npz), or images as --images takes them.")
     flags.DEFINE_string("table", "", "table: which, such as progressive/2; without it all are listed.")
     flags.DEFINE_list("results", ["runs"], "table: results.jsonl files, or folders that are searched for them.")
-    flags.DEFINE_string("source", "", "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches.")
+    flags.DEFINE_string(
+        "source",
+        "",
+        "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches. import: whose format the file is "
+        "in, edm, guided-diffusion or progressive.",
+    )
+    flags.DEFINE_string("output", "", "import --source=progressive: what the network puts out, x or v (default x).")
     flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
     flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")
@@ -174,7 +182,7 @@ def _explain_config(error: Exception) -> str:
 
 
 def _main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
+    if len(arguments) > 1 and FLAGS.mode != "import":
         _fail(
             f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
         )
@@ -205,7 +213,8 @@ def _main(arguments: list[str]) -> None:
     interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
-            MODES[FLAGS.mode](interrupt)
+            mode = functools.partial(_import, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
+            mode(interrupt)
         except (Interrupted, EvaluationInterrupted) as stop:
             _stop(str(stop))
             sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)
@@ -332,6 +341,30 @@ def _plan(interrupt: Any) -> None:
     _say(plan.describe(_config()))
 
 
+def _import(interrupt: Any, paths: Sequence[str] = ()) -> None:
+    del interrupt
+    from diffdistill.import_model import import_model
+
+    if len(paths) != 1 or not FLAGS.source:
+        _fail(
+            "--mode=import needs --source=edm, guided-diffusion or progressive, and the path of one file: "
+            f"main.py --mode=import --source=edm FILE --workdir=FOLDER; given {' '.join(paths) or 'no path'}.",
+            EXIT_USAGE,
+        )
+    options: dict[str, Any] = {"prediction": FLAGS.output} if FLAGS.output else {}
+    if FLAGS.config.data.image_size:
+        options["image_size"] = FLAGS.config.data.image_size
+    folder = FLAGS.workdir or str(Path("runs") / Path(paths[0]).stem)
+    import_model(FLAGS.source, paths[0], folder, options, say=_say)
+
+
+def _noise_levels(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill import noise_levels, runner
+
+    _say(noise_levels.propose(runner.open_images(_config())).text())
+
+
 def _sample(interrupt: Any) -> None:
     del interrupt
     from diffdistill import sample
@@ -383,6 +416,8 @@ MODES: dict[str, Callable[[Any], None]] = {
     "statistics": _statistics,
     "table": _table,
     "fetch-weights": _fetch_weights,
+    "import": _import,
+    "noise-levels": _noise_levels,
 }
 
 

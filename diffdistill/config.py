@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from diffdistill import fields
+from diffdistill.data.augmentation import LABELS as AUGMENTATION_FEATURES
 from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
 from diffdistill.fields import ConfigError
@@ -82,12 +83,17 @@ class OptimizationConfig:
     num_updates: int = 0
     batch_size: int = 128
     learning_rate: float = 2e-4
+    parts: int = 1  # equal parts of a batch whose gradients are added up: less memory, the same update
     warmup_updates: int = 0
+    warmup_images: int = 0  # instead of warmup_updates: linear from 0 at the first update
     anneal: Literal["constant", "linear"] = "constant"  # constant | linear (to zero at the end of the stage)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     ema_decay: float = 0.0  # 0: no average
     ema_ramp: bool = False  # decay min(ema_decay, (1 + n) / (10 + n)) at update n, for short runs
+    ema_half_life: int = 0  # images, instead of ema_decay
+    ema_ramp_ratio: float = 0.0  # the half-life is at most this share of the images seen; 0: no bound
+    non_finite: Literal["stop", "replace"] = "stop"  # replace: gradients that are NaN count as 0, as in EDM
     dropout: float = 0.0
     weight: str = "snr_trunc"
     stratified_times: bool = False
@@ -98,6 +104,7 @@ class TeacherConfig(OptimizationConfig):
     """Training on data."""
 
     label_dropout: float = 0.1
+    augmentation: float = 0.0  # probability of EDM's augmentations (data.augmentation); 0: none, not even flips
     # How noisy the examples are: as the schedule at uniform t, or, whatever the schedule: lognormal | vp | ve | iddpm.
     noise: str = "schedule"
     p_mean: float = -1.2  # of lognormal: ln s is normal with this mean and p_std, s = sigma / alpha
@@ -316,11 +323,14 @@ def _check_ranges(config: Config) -> None:
         least(f"{where}.num_updates", stage.num_updates, 1 if name == "teacher" else 0)
         least(f"{where}.batch_size", stage.batch_size, 1)
         least(f"{where}.learning_rate", stage.learning_rate, 1e-12)
-        least(f"{where}.warmup_updates", stage.warmup_updates, 0)
+        least(f"{where}.parts", stage.parts, 1)
+        for field_name in ("warmup_updates", "warmup_images", "ema_half_life", "ema_ramp_ratio"):
+            least(f"{where}.{field_name}", getattr(stage, field_name), 0)
         least(f"{where}.weight_decay", stage.weight_decay, 0.0)
         least(f"{where}.gradient_clip", stage.gradient_clip, 0.0)
         least(f"{where}.dropout", stage.dropout, 0.0, 0.999)
         least(f"{where}.ema_decay", stage.ema_decay, 0.0, 0.999999)
+    least("config.teacher.augmentation", config.teacher.augmentation, 0.0, 1.0)
     least("config.teacher.label_dropout", config.teacher.label_dropout, 0.0, 1.0)
     least("config.progressive.final_num_updates", config.progressive.final_num_updates, 0)
     least("config.process.num_train_steps", config.process.num_train_steps, 2)
@@ -373,6 +383,8 @@ def _check_ranges(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     model, guided, progressive = config.model, config.guided, config.progressive
+    for name in ("teacher", "guided", "progressive"):
+        _check_stage(f"config.{name}", getattr(config, name))
     if not model.multipliers:
         raise ConfigError("config.model.multipliers is empty: it needs one entry per resolution, such as (1, 2).")
     for multiplier in model.multipliers if model.architecture == "unet" else ():
@@ -381,6 +393,12 @@ def _check_combinations(config: Config) -> None:
                 f"config.model.channels x multiplier = {model.channels * multiplier} cannot be split into "
                 f"config.model.num_groups = {model.num_groups} groups of equal size."
             )
+    if config.teacher.augmentation and model.augmentation_features != AUGMENTATION_FEATURES:
+        raise ConfigError(
+            f"config.teacher.augmentation is {config.teacher.augmentation}, but config.model.augmentation_features is "
+            f"{model.augmentation_features}: the network has to be told what was done to its images. Set "
+            f"augmentation_features={AUGMENTATION_FEATURES} with an architecture that takes it, or augmentation=0."
+        )
     if guided.num_updates:
         if not model.conditional:
             raise ConfigError(
@@ -405,6 +423,16 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"config.data.image_shape is {config.data.image_shape}, but must be (height, width, channels) or ()."
         )
+
+
+def _check_stage(where: str, stage: OptimizationConfig) -> None:
+    if stage.batch_size % stage.parts:
+        raise ConfigError(
+            f"{where}.batch_size ({stage.batch_size}) cannot be split into {where}.parts = {stage.parts} equal parts."
+        )
+    for one, other in (("warmup_updates", "warmup_images"), ("ema_decay", "ema_half_life")):
+        if getattr(stage, one) and getattr(stage, other):
+            raise ConfigError(f"{where}.{one} and {where}.{other} exclude each other: set one of them to 0.")
 
 
 def _check_halving(config: Config) -> None:

@@ -46,13 +46,17 @@ class Workdir:
         return dataclasses.replace(self, config=changed)
 
 
-def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str, *, write: bool) -> Workdir:
+def create(
+    path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None, *, write: bool
+) -> Workdir:
     """Opens the folder of a run for training: makes it, or checks that it belongs to the same config and data.
+
+    The settings of stages that have not begun may differ from those of the start before.
 
     Args:
       path: the folder.
       config, facts: of this run.
-      fingerprint: of the data.
+      fingerprint: of the data; None: of none yet, for a run whose first stage was not trained here.
       write: False on all but one of several processes.
 
     Raises:
@@ -125,13 +129,20 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     before = _load(file)
 
     def trained(config: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if name not in _FREE}
+        return {name: value for name, value in config.items() if name not in (*_FREE, *later)}
 
+    later = _not_begun(file.parent)
     there = before.get("config", {})
     with contextlib.suppress(configs.ConfigError):
         there = configs.to_dict(configs.resolve(there))  # a field that is younger than the run had its default
+    data = before.get("data", {})
+    if data.get("fingerprint", "") is None:  # no data was looked at yet: only its shape is given
+        here = {**record["data"], "fingerprint": None, "class_names": data.get("class_names")}
+        if not there.get("model", {}).get("conditional"):
+            here["num_classes"] = data.get("num_classes")
+        record = {**record, "config": {**record["config"], "data": there.get("data")}, "data": here}
     changes = fields.differences(trained(there), trained(record["config"]))
-    if not changes and before.get("data") != record["data"]:
+    if not changes and data != record["data"]:
         changes = ["the images themselves are others than those that the run was started with"]
     if changes:
         shown = "\n  ".join(changes[:12] + (["..."] if len(changes) > 12 else []))
@@ -139,6 +150,12 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
             f"{file.parent} holds a run of another config (there -> here):\n  {shown}\n"
             "Give the same config to continue that run, or another --workdir to start a new one."
         )
+
+
+def _not_begun(folder: Path) -> list[str]:
+    """The groups of the config whose stages have no checkpoint."""
+    stages = {"guided": "guided", "progressive": "round_*"}
+    return [name for name, pattern in stages.items() if not any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA"))]
 
 
 def _versions() -> dict[str, str]:
