@@ -174,7 +174,7 @@ def warp(images: jax.Array, maps: jax.Array) -> jax.Array:
       maps: (B, 2, 3) float32, as of `inverse_maps`; an image whose map is the identity is returned bit for bit.
     """
     _, height, width, _ = images.shape
-    # Both filters are matrices: for sides of this size, cheaper than convolutions of two channels or three.
+    # Both filters are matrices: depthwise convolutions took 20 to 90 times as long on a CPU (sides 64 and 32).
     fine = jnp.einsum("nh,mw,bhwc->bnmc", _upsampling(height), _upsampling(width), images, precision=_HIGHEST)
     y, x = _fine_positions(height)[:, None], _fine_positions(width)[None, :]
     origin = maps[..., None, None]
