@@ -241,6 +241,8 @@ def _workdir(config: Any) -> str:
 
 
 def _run(interrupt: Any) -> None:
+    if FLAGS.images:
+        _fail("--images is for --mode=evaluate; --mode=run measures what it trains.", EXIT_USAGE)
     from diffdistill import judges
 
     judges.check(_config(), FLAGS.inception_weights)

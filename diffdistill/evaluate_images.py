@@ -45,15 +45,19 @@ def evaluate(
       DataError, WeightsError, StatisticsError: what is needed is not there, or not of this protocol.
     """
     folder = Path(out or "runs/images")
+    folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is found before hours of work
     network = load_network(config.evaluation, inception_weights)
-    source = open_unlabelled(images)
+    source = open_unlabelled(images, config.data.image_size, config.data.channels)
     compared = _reference(network, against, config, folder, interrupt)
     say(f"evaluation of {source.name}, {len(source)} images: {network.text()}, against {compared.text()}")
     path = folder / "results.jsonl"
     known = {results.key(entry): entry for entry in results.read(path)}
     names = measuring.metrics_against(compared, len(source))
-    keys = {name: results.key(_record(source, network, compared, name, 0.0, 0.0)) for name in names}
-    wanted = [name for name in names if keys[name] not in known]
+    capacity = config.evaluation.reservoir
+    keys = {name: results.key(_record(source, network, compared, capacity, name, 0.0, 0.0)) for name in names}
+    # One process decides: the others may see an older state of a shared file system.
+    missing = meshes.from_main(np.array([keys[name] not in known for name in names], np.int32))
+    wanted = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
     if wanted:
         for entry in _measure(source, network, compared, wanted, config, path, interrupt, say):
             known[results.key(entry)] = entry
@@ -80,7 +84,7 @@ def _measure(
     """Measures, appends to the results file and returns the records; none on all but the main process."""
     start = time.monotonic()
     capacity = config.evaluation.reservoir
-    identity = f"{source.fingerprint()} {_protocol(network, compared)} {capacity}"
+    identity = f"{source.fingerprint()} {_protocol(network, compared, capacity)}"
     partial = Partial(path.parent / ".partial", identity)
     statistics, pace = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
     if not meshes.is_main():
@@ -88,7 +92,7 @@ def _measure(
     values, spreads = measuring.figures(statistics, compared, wanted)
     seconds = time.monotonic() - start
     records = [
-        _record(source, network, compared, name, values[name], seconds)
+        _record(source, network, compared, capacity, name, values[name], seconds)
         | ({"spread": spreads[name]} if name in spreads else {})
         for name in wanted
     ]
@@ -99,12 +103,18 @@ def _measure(
     return records
 
 
-def _protocol(network: Network, compared: Reference) -> str:
-    return f"{network.text()}, reference {compared.digest()}"
+def _protocol(network: Network, compared: Reference, capacity: int) -> str:
+    return f"{network.text()}, reference {compared.digest()}, {capacity} kept"
 
 
 def _record(
-    source: Source, network: Network, compared: Reference, metric: str, value: float, seconds: float
+    source: Source,
+    network: Network,
+    compared: Reference,
+    capacity: int,
+    metric: str,
+    value: float,
+    seconds: float,
 ) -> results.Record:
     return results.record(
         stage=source.name,
@@ -119,7 +129,7 @@ def _record(
         hardware=meshes.describe(meshes.make_mesh()),
         wall_time=seconds,
         params_hash=source.fingerprint()[:12],
-        protocol=_protocol(network, compared),
+        protocol=_protocol(network, compared, capacity),
         dataset=source.name,
         method="images",
         **network.facts(),
@@ -143,6 +153,7 @@ def write_statistics(
     """
     network = load_network(config.evaluation, inception_weights)
     evaluation, path = config.evaluation, Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     network.write_reference(path, source, evaluation.reference_images, evaluation.reservoir, interrupt)
     found = network.read_reference(out, "")
     say(f"{path}: {found.text()}. Use it with --config.evaluation.reference={path} or --reference={path}")
@@ -152,5 +163,5 @@ def _reference(network: Network, path: str, config: Config, folder: Path, interr
     if reference.is_statistics(path):
         return network.read_reference(path, config.evaluation.reference_protocol)
     evaluation = config.evaluation
-    source = open_unlabelled(path)
+    source = open_unlabelled(path, config.data.image_size, config.data.channels)
     return network.reference_of(source, evaluation.reference_images, evaluation.reservoir, folder / "cache", interrupt)

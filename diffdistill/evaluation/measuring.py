@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffdistill.data.contract import Source
+from diffdistill.data.contract import DataError, Source
 from diffdistill.data.pipeline import gather
 from diffdistill.evaluation import inception, metrics, reference, scores, stream
 from diffdistill.evaluation.inception import FeatureExtractor
-from diffdistill.evaluation.reference import Reference
+from diffdistill.evaluation.reference import Reference, StatisticsError
 from diffdistill.evaluation.stream import Chunk, ImageStatistics, Pace, Partial
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
@@ -48,12 +48,19 @@ class Network:
 
     def read_reference(self, path: str, stated_protocol: str) -> Reference:
         """Reference statistics from a file, checked to be of this network and protocol. Raises StatisticsError."""
-        return reference.read(
+        found = reference.read(
             path,
             protocol=self.extractor.protocol,
             stated_protocol=stated_protocol,
             weights_sha256=self.extractor.weights_sha256,
         )
+        for what, mean, needed in (("mu", found.mean, 2048), ("mu_s", found.spatial_mean, 2023)):
+            if mean is not None and len(mean) != needed:
+                raise StatisticsError(
+                    f"{path}: {what} has {len(mean)} entries, but the features compared here have {needed}. Give "
+                    "statistics of the 2048 pooled features (and the 2023 spatial ones, where it has them)."
+                )
+        return found
 
     def reference_of(self, source: Source, limit: int, capacity: int, cache: Path, interrupt: Interrupt) -> Reference:
         """Reference statistics of a data source: read from `cache`, or computed and written there.
@@ -71,12 +78,14 @@ class Network:
         """
         identity = f"{self.text()} {source.fingerprint()} {limit} {capacity}"
         path = Partial(cache, identity).path.with_suffix(".npz")
-        if not path.exists():
+        if not meshes.from_main(np.array(path.exists(), np.int32)):
             self.write_reference(path, source, limit, capacity, interrupt)
         return self.read_reference(str(path), "")
 
     def write_reference(self, path: Path, source: Source, limit: int, capacity: int, interrupt: Interrupt) -> None:
         """Computes reference statistics and writes them to `path`; arguments and errors are those of `reference_of`."""
+        if len(source) < 2:
+            raise DataError(f"{source.name} has {len(source)} image; statistics need 2 or more")
         chosen = np.arange(len(source))
         if limit and limit < len(source):
             chosen = np.linspace(0, len(source) - 1, limit).astype(np.int64)
@@ -146,8 +155,10 @@ def metrics_against(against: Reference, num_samples: int) -> tuple[str, ...]:
         absent |= {"sfid"}
     if against.features is None:
         absent |= {"kid", "precision", "recall"}
-    elif min(num_samples, len(against.features)) <= scores.NEIGHBOURS:
-        absent |= {"precision", "recall"}
+    else:
+        fewest = min(num_samples, len(against.features))
+        absent |= {"precision", "recall"} if fewest <= scores.NEIGHBOURS else set()
+        absent |= {"kid"} if fewest < 2 else set()
     if num_samples < scores.SPLITS:
         absent |= {"is"}
     return tuple(name for name in METRICS if name not in absent)
@@ -176,7 +187,9 @@ def figures(
         values["is"], spreads["is"] = scores.inception_score(statistics.scores)
     if "kid" in wanted and theirs is not None:
         size = min(KID_SUBSET_SIZE, len(own), len(theirs))
-        values["kid"], spreads["kid"] = scores.kid(own, theirs, num_subsets=KID_SUBSETS, subset_size=size)
+        values["kid"], spread = scores.kid(own, theirs, num_subsets=KID_SUBSETS, subset_size=size)
+        if size < max(len(own), len(theirs)):  # otherwise all subsets are one
+            spreads["kid"] = spread
     if {"precision", "recall"} & set(wanted) and theirs is not None:
         both = dict(zip(("precision", "recall"), scores.precision_recall(theirs, own), strict=True))
         values |= {name: value for name, value in both.items() if name in wanted}

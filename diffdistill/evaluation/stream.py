@@ -124,7 +124,7 @@ class Partial:
             count = jax.process_count()
             write_atomically(folder / "complete", lambda file: file.write(json.dumps({"processes": count}).encode()))
             for other in self.path.iterdir():
-                if other != folder:
+                if int(other.name) < done:  # a later one may be under way already
                     shutil.rmtree(other)
 
     def collect(self, done: int, statistics: ImageStatistics) -> ImageStatistics:

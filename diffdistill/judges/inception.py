@@ -13,13 +13,11 @@ from diffdistill.evaluation import measuring, stream
 from diffdistill.evaluation.measuring import Network
 from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.stream import Chunk, Partial
-from diffdistill.judges.contract import Figures, Measurement
+from diffdistill.judges.contract import SHOWN, Figures, Measurement
 from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
-
-SHOWN = 200  # images of every measurement that are kept for pictures
 
 
 class InceptionJudge:
@@ -32,7 +30,8 @@ class InceptionJudge:
 
     def protocol(self, generator: Generator) -> str:
         """Protocol, weights, reference and the sampler's settings."""
-        return f"{self._network.text()}, reference {self._reference.digest()}, {generator.settings_text()}"
+        kept = self._folder.config.evaluation.reservoir
+        return f"{self._network.text()}, reference {self._reference.digest()}, {kept} kept, {generator.settings_text()}"
 
     def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
         """What the reference allows."""
