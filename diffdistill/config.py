@@ -287,8 +287,8 @@ def _check_ranges(config: Config) -> None:
         if other - one < config.evaluation.num_samples:
             raise ConfigError(
                 f"config.evaluation.seeds {config.evaluation.seeds} are numbers of first images, but {one} and {other} "
-                f"are less than config.evaluation.num_samples = {config.evaluation.num_samples} apart: they would share "
-                "images."
+                f"are less than config.evaluation.num_samples = {config.evaluation.num_samples} apart: "
+                "they would share images."
             )
     for index, steps in enumerate(config.evaluation.num_steps):
         least(f"config.evaluation.num_steps[{index}]", steps, 1)

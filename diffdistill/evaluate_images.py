@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ def evaluate(
     source = open_unlabelled(images, config.data.image_size, config.data.channels)
     compared = _reference(network, against, config, folder, interrupt)
     say(f"evaluation of {source.name}, {len(source)} images: {network.text()}, against {compared.text()}")
+    measuring.say_left_out(compared, len(source), say)
     path = folder / "results.jsonl"
     known = {results.key(entry): entry for entry in results.read(path)}
     names = measuring.metrics_against(compared, len(source))
@@ -82,24 +82,22 @@ def _measure(
     say: Callable[[str], Any],
 ) -> list[results.Record]:
     """Measures, appends to the results file and returns the records; none on all but the main process."""
-    start = time.monotonic()
     capacity = config.evaluation.reservoir
     identity = f"{source.fingerprint()} {_protocol(network, compared, capacity)}"
     partial = Partial(path.parent / ".partial", identity)
-    statistics, pace = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
+    found = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
     if not meshes.is_main():
         return []
-    values, spreads = measuring.figures(statistics, compared, wanted)
-    seconds = time.monotonic() - start
+    values, spreads = measuring.figures(found.statistics, compared, wanted)
     records = [
-        _record(source, network, compared, capacity, name, values[name], seconds)
+        _record(source, network, compared, capacity, name, values[name], found.seconds)
         | ({"spread": spreads[name]} if name in spreads else {})
         for name in wanted
     ]
     results.append(path, records)
     partial.remove()
-    if pace is not None:
-        say(pace.text())
+    if found.pace is not None:
+        say(found.pace.text())
     return records
 
 
@@ -160,8 +158,9 @@ def write_statistics(
 
 
 def _reference(network: Network, path: str, config: Config, folder: Path, interrupt: Interrupt) -> Reference:
-    if reference.is_statistics(path):
-        return network.read_reference(path, config.evaluation.reference_protocol)
     evaluation = config.evaluation
+    if reference.is_statistics(path):
+        found = network.read_reference(path, evaluation.reference_protocol)
+        return network.with_features(found, path, evaluation.reservoir, folder / "cache", interrupt)
     source = open_unlabelled(path, config.data.image_size, config.data.channels)
     return network.reference_of(source, evaluation.reference_images, evaluation.reservoir, folder / "cache", interrupt)

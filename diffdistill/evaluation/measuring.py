@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,16 @@ from jax.sharding import Mesh
 
 from diffdistill.data.contract import DataError, Source
 from diffdistill.data.pipeline import gather
+from diffdistill.data.unlabelled import open_unlabelled
 from diffdistill.evaluation import inception, metrics, reference, scores, stream
 from diffdistill.evaluation.inception import FeatureExtractor
 from diffdistill.evaluation.reference import Reference, StatisticsError
-from diffdistill.evaluation.stream import Chunk, ImageStatistics, Pace, Partial
+from diffdistill.evaluation.stream import Accumulated, Chunk, ImageStatistics, Partial
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 
 BLOCK, BLOCK_CPU = 64, 16  # images that pass through the network of one device at once; CPUs are faster with few
+ROWS = 256  # images of one chunk for each accelerator
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 METRICS = ("fid", "sfid", "is", "kid", "precision", "recall")
 
@@ -82,6 +86,16 @@ class Network:
             self.write_reference(path, source, limit, capacity, interrupt)
         return self.read_reference(str(path), "")
 
+    def with_features(self, found: Reference, path: str, capacity: int, cache: Path, interrupt: Interrupt) -> Reference:
+        """A reference read from `path`, with features of the images that lie beside its statistics, as in ADM's files.
+
+        Other arguments and errors are those of `reference_of`.
+        """
+        if found.features is not None or not reference.holds_images(path):
+            return found
+        beside = self.reference_of(open_unlabelled(path), 0, capacity, cache, interrupt)
+        return dataclasses.replace(found, features=beside.features)
+
     def write_reference(self, path: Path, source: Source, limit: int, capacity: int, interrupt: Interrupt) -> None:
         """Computes reference statistics and writes them to `path`; arguments and errors are those of `reference_of`."""
         if len(source) < 2:
@@ -91,7 +105,7 @@ class Network:
             chosen = np.linspace(0, len(source) - 1, limit).astype(np.int64)
         identity = f"{self.text()} {source.fingerprint()} {limit} {capacity}"
         partial = Partial(path.parent / ".partial", identity)
-        statistics, _ = self.statistics_of(source, chosen, capacity, partial, interrupt)
+        statistics = self.statistics_of(source, chosen, capacity, partial, interrupt).statistics
         if meshes.is_main():
             provenance = {
                 "protocol": self.extractor.protocol,
@@ -106,10 +120,11 @@ class Network:
 
     def statistics_of(
         self, source: Source, chosen: np.ndarray, capacity: int, partial: Partial, interrupt: Interrupt
-    ) -> tuple[ImageStatistics, Pace | None]:
+    ) -> Accumulated:
         """Passes the images with the numbers `chosen` through the network; see stream.accumulate."""
         mesh = meshes.make_mesh()
-        size = mesh.size * _block(mesh)
+        # On accelerators several blocks at once, or the host's share of the work, per chunk, would set the pace.
+        size = mesh.size * (ROWS if meshes.is_accelerator(mesh) else BLOCK_CPU)
         rows = slice(*meshes.process_slice(size))
 
         def chunks(first: int) -> Iterator[Chunk]:
@@ -150,18 +165,30 @@ def _extract(protocol: str) -> Any:
 
 def metrics_against(against: Reference, num_samples: int) -> tuple[str, ...]:
     """The metrics that reference statistics and a number of samples (2 or more) allow."""
-    absent = set()
-    if against.spatial_mean is None:
-        absent |= {"sfid"}
-    if against.features is None:
-        absent |= {"kid", "precision", "recall"}
-    else:
-        fewest = min(num_samples, len(against.features))
-        absent |= {"precision", "recall"} if fewest <= scores.NEIGHBOURS else set()
-        absent |= {"kid"} if fewest < 2 else set()
-    if num_samples < scores.SPLITS:
-        absent |= {"is"}
+    absent = _absent(against, num_samples)
     return tuple(name for name in METRICS if name not in absent)
+
+
+def say_left_out(against: Reference, num_samples: int, say: Callable[[str], Any]) -> None:
+    """Says which metrics `metrics_against` leaves out, and why."""
+    for reason, names in itertools.groupby(_absent(against, num_samples).items(), lambda item: item[1]):
+        say(f"left out: {', '.join(name for name, _ in names)} ({reason})")
+
+
+def _absent(against: Reference, num_samples: int) -> dict[str, str]:
+    """Why, by metric that cannot be computed."""
+    absent: dict[str, str] = {}
+    if against.spatial_mean is None:
+        absent["sfid"] = "the reference has no statistics of spatial features"
+    if num_samples < scores.SPLITS:
+        absent["is"] = f"it needs {scores.SPLITS} samples"
+    fewest = num_samples if against.features is None else min(num_samples, len(against.features))
+    for name, needed in (("kid", 2), ("precision", scores.NEIGHBOURS + 1), ("recall", scores.NEIGHBOURS + 1)):
+        if against.features is None:
+            absent[name] = "the reference has no features of single images; --mode=statistics keeps some"
+        elif fewest < needed:
+            absent[name] = f"it needs {needed} samples and as many images of the reference"
+    return absent
 
 
 def figures(
