@@ -33,7 +33,7 @@ def get_config(row: str = "cifar10") -> Any:
     config.evaluation.features = "inception"
     config.sampling.quantisation = "adm"
     config.sampling.batch_size = 500
-    config.evaluation.num_steps = (1, 2, 4, 8, 16, 32, 64)
+    config.evaluation.num_steps = (1, 2, 4, 8, 16, 32, 64, 1024)
     config.evaluation.guidance = (0.0, 0.3, 1.0, 2.0, 4.0)
 
     model, teacher, guided, halving = config.model, config.teacher, config.guided, config.progressive

@@ -37,7 +37,7 @@ def get_config(row: str = "cifar10") -> Any:
     config.evaluation.features = "inception"
     config.sampling.quantisation = "adm"
     config.sampling.batch_size = 500
-    config.evaluation.num_steps = (1, 2, 4, 8, 10, 16, 20, 50, 100)
+    config.evaluation.num_steps = (1, 2, 4, 8, 10, 16, 20, 50, 100, 1024)
 
     model, teacher, distil = config.model, config.teacher, config.progressive
     teacher.weight = distil.weight = "snr_trunc"

@@ -191,7 +191,7 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.evaluation.published import TableError
     from diffdistill.evaluation.reference import StatisticsError
     from diffdistill.evaluation.results import ResultsError
-    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
+    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError, OtherProcessFailed
     from diffdistill.sample import SampleError
     from diffdistill.training import mesh
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
@@ -229,6 +229,7 @@ def _main(arguments: list[str]) -> None:
             ResultsError,
             StatisticsError,
             FeaturesError,
+            OtherProcessFailed,
             WeightsError,
         ) as error:
             _fail(str(error), EXIT_FAILED)
@@ -252,6 +253,8 @@ def _workdir(config: Any) -> str:
 
 
 def _run(interrupt: Any) -> None:
+    if FLAGS.images:
+        _fail("--images is for --mode=evaluate; --mode=run measures what it trains.", EXIT_USAGE)
     from diffdistill import judges
 
     judges.check(_config(), FLAGS.inception_weights)
@@ -279,7 +282,13 @@ def _evaluate(interrupt: Any) -> None:
 
     config = _config()
     folder = workdir.read(_workdir(config))
-    if any(argument.startswith(("--config", "-config")) for argument in sys.argv):
+    if any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
+        if config.name != folder.config.name and not FLAGS["config"].present:
+            _fail(
+                f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given "
+                f"are those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
+                EXIT_USAGE,
+            )
         folder = folder.measured_as(config)
     source = in_memory(runner.open_data(folder.config)[0])
     evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=_say)

@@ -8,6 +8,7 @@ back into these dataclasses, which is all that the library sees.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -351,6 +352,14 @@ def _check_ranges(config: Config) -> None:
     least("config.evaluation.reservoir", config.evaluation.reservoir, 2)
     for index, seed in enumerate(config.evaluation.seeds):
         least(f"config.evaluation.seeds[{index}]", seed, 0, 2**31 - 1 - config.evaluation.num_samples)
+    seeds = sorted(config.evaluation.seeds)
+    for one, other in itertools.pairwise(seeds):
+        if other - one < config.evaluation.num_samples:
+            raise ConfigError(
+                f"config.evaluation.seeds {config.evaluation.seeds} are numbers of first images, but {one} and {other} "
+                f"are less than config.evaluation.num_samples = {config.evaluation.num_samples} apart: "
+                "they would share images."
+            )
     for index, steps in enumerate(config.evaluation.num_steps):
         least(f"config.evaluation.num_steps[{index}]", steps, 1)
     for name in ("channels", "embedding", "blocks_per_level", "num_groups"):
@@ -362,6 +371,8 @@ def _check_ranges(config: Config) -> None:
     least("config.seed", config.seed, 0)
     if config.evaluation.num_samples == 1:
         raise ConfigError("config.evaluation.num_samples is 1, but a distance needs 2 or more; 0 leaves it out.")
+    if config.evaluation.reference_images == 1:
+        raise ConfigError("config.evaluation.reference_images is 1, but statistics need 2 or more; 0 takes all.")
     try:
         process = config.process
         schedule = schedules.get(

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffdistill import chain, fields, judges, runner
+from diffdistill import chain, judges, runner
 from diffdistill.chain import Stage
 from diffdistill.data.contract import Source
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
-from diffdistill.judges.contract import Judge, Measurement
+from diffdistill.judges.contract import SHOWN, Judge, Measurement
 from diffdistill.sample import Generator, Samples, load_stage, save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
@@ -29,7 +29,6 @@ from diffdistill.training.progress import make_progress
 from diffdistill.workdir import Workdir
 
 RESULTS = "evaluation/results.jsonl"
-SHOWN = 200  # samples kept of each measurement, for pictures
 
 
 def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: bool) -> Iterator[Measurement]:
@@ -57,7 +56,7 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
                     continue
                 # A round is measured at its own number of steps, whatever the list says.
                 steps = (stage.num_steps,) if stage.num_steps else evaluation.num_steps
-                steps = (full, *steps) if stage.name == "teacher" else steps
+                steps = (full, *steps) if stage.name == "teacher" and with_reference else steps
                 asked = [Measurement(stage, num_steps, sampler, w, seed) for sampler in samplers for num_steps in steps]
                 yield from (item for item in dict.fromkeys(asked) if item != reference)
 
@@ -89,9 +88,11 @@ def evaluate(
       DataError, WeightsError, StatisticsError: what is needed for the figures is not there.
     """
     evaluation = folder.config.evaluation
-    for index, name in enumerate(evaluation.stages):
-        fields.one_of(f"config.evaluation.stages[{index}]", name, [stage.name for stage in chain.plan(folder.config)])
+    judges.check(folder.config, inception_weights)
     stages = tuple(runner.finished(folder))
+    unfinished = set(evaluation.stages) - {stage.name for stage in stages}
+    if unfinished:
+        say(f"evaluation: not finished, so not measured: {', '.join(sorted(unfinished))}")
     if not evaluation.num_samples or not stages:
         return
     judge = judges.make(folder, source, inception_weights, interrupt, say)
@@ -200,7 +201,7 @@ def _grid_of(folder: Workdir, item: Measurement) -> Path:
 
 
 def samples_path(folder: Workdir, stage: str, num_steps: int, w: float, sampler: str = "ddim") -> Path:
-    """Where the first SHOWN samples of one measurement lie: images, labels, seeds."""
+    """Where the first samples of one measurement lie: images, labels, seeds."""
     return folder.path / "evaluation" / "samples" / f"w{w:g}" / f"{_picture_name(stage, num_steps, sampler)}.npz"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,15 +44,20 @@ def evaluate(
       DataError, WeightsError, StatisticsError: what is needed is not there, or not of this protocol.
     """
     folder = Path(out or "runs/images")
+    folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is found before hours of work
     network = load_network(config.evaluation, inception_weights)
-    source = open_unlabelled(images)
+    source = open_unlabelled(images, config.data.image_size, config.data.channels)
     compared = _reference(network, against, config, folder, interrupt)
     say(f"evaluation of {source.name}, {len(source)} images: {network.text()}, against {compared.text()}")
+    measuring.say_left_out(compared, len(source), say)
     path = folder / "results.jsonl"
     known = {results.key(entry): entry for entry in results.read(path)}
     names = measuring.metrics_against(compared, len(source))
-    keys = {name: results.key(_record(source, network, compared, name, 0.0, 0.0)) for name in names}
-    wanted = [name for name in names if keys[name] not in known]
+    capacity = config.evaluation.reservoir
+    keys = {name: results.key(_record(source, network, compared, capacity, name, 0.0, 0.0)) for name in names}
+    # One process decides: the others may see an older state of a shared file system.
+    missing = meshes.from_main(np.array([keys[name] not in known for name in names], np.int32))
+    wanted = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
     if wanted:
         for entry in _measure(source, network, compared, wanted, config, path, interrupt, say):
             known[results.key(entry)] = entry
@@ -78,33 +82,37 @@ def _measure(
     say: Callable[[str], Any],
 ) -> list[results.Record]:
     """Measures, appends to the results file and returns the records; none on all but the main process."""
-    start = time.monotonic()
     capacity = config.evaluation.reservoir
-    identity = f"{source.fingerprint()} {_protocol(network, compared)} {capacity}"
+    identity = f"{source.fingerprint()} {_protocol(network, compared, capacity)}"
     partial = Partial(path.parent / ".partial", identity)
-    statistics, pace = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
+    found = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
     if not meshes.is_main():
         return []
-    values, spreads = measuring.figures(statistics, compared, wanted)
-    seconds = time.monotonic() - start
+    values, spreads = measuring.figures(found.statistics, compared, wanted)
     records = [
-        _record(source, network, compared, name, values[name], seconds)
+        _record(source, network, compared, capacity, name, values[name], found.seconds)
         | ({"spread": spreads[name]} if name in spreads else {})
         for name in wanted
     ]
     results.append(path, records)
     partial.remove()
-    if pace is not None:
-        say(pace.text())
+    if found.pace is not None:
+        say(found.pace.text())
     return records
 
 
-def _protocol(network: Network, compared: Reference) -> str:
-    return f"{network.text()}, reference {compared.digest()}"
+def _protocol(network: Network, compared: Reference, capacity: int) -> str:
+    return f"{network.text()}, reference {compared.digest()}, {capacity} kept"
 
 
 def _record(
-    source: Source, network: Network, compared: Reference, metric: str, value: float, seconds: float
+    source: Source,
+    network: Network,
+    compared: Reference,
+    capacity: int,
+    metric: str,
+    value: float,
+    seconds: float,
 ) -> results.Record:
     return results.record(
         stage=source.name,
@@ -119,7 +127,7 @@ def _record(
         hardware=meshes.describe(meshes.make_mesh()),
         wall_time=seconds,
         params_hash=source.fingerprint()[:12],
-        protocol=_protocol(network, compared),
+        protocol=_protocol(network, compared, capacity),
         dataset=source.name,
         method="images",
         **network.facts(),
@@ -143,14 +151,16 @@ def write_statistics(
     """
     network = load_network(config.evaluation, inception_weights)
     evaluation, path = config.evaluation, Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
     network.write_reference(path, source, evaluation.reference_images, evaluation.reservoir, interrupt)
     found = network.read_reference(out, "")
     say(f"{path}: {found.text()}. Use it with --config.evaluation.reference={path} or --reference={path}")
 
 
 def _reference(network: Network, path: str, config: Config, folder: Path, interrupt: Interrupt) -> Reference:
-    if reference.is_statistics(path):
-        return network.read_reference(path, config.evaluation.reference_protocol)
     evaluation = config.evaluation
-    source = open_unlabelled(path)
+    if reference.is_statistics(path):
+        found = network.read_reference(path, evaluation.reference_protocol)
+        return network.with_features(found, path, evaluation.reservoir, folder / "cache", interrupt)
+    source = open_unlabelled(path, config.data.image_size, config.data.channels)
     return network.reference_of(source, evaluation.reference_images, evaluation.reservoir, folder / "cache", interrupt)

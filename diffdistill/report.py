@@ -49,11 +49,13 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
     if not weights or folder.facts.num_classes > 20:
         return None
     w, full = weights[len(weights) // 2], chain.full_steps(folder.config)
+    samplers = ("ddim", *(folder.config.evaluation.samplers or (folder.config.sampling.sampler,)))
     rows: list[tuple[str, np.ndarray]] = []
     for stage in chain.plan(folder.config):
         num_steps = full if stage.name == "teacher" else stage.num_steps
-        path = samples_path(folder, stage.name, num_steps, w)
-        if num_steps and path.exists():
+        paths = [samples_path(folder, stage.name, num_steps, w, sampler) for sampler in samplers]
+        path = next(filter(Path.exists, paths), None)
+        if num_steps and path:
             with np.load(path) as kept:
                 first = _first_of_each_class(kept["labels"], folder.facts.num_classes)
                 name = (

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ from diffdistill import config as configs
 from diffdistill import fields
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
+from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
 
-_PACKAGES = ("diffdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")
 
@@ -81,12 +78,7 @@ def create(
     if write:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            about = {
-                "versions": _versions(),
-                "git_revision": _revision(),
-                "command_line": sys.argv,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
+            about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             text = json.dumps({**record, "starts": [*starts, about]}, indent=2) + "\n"
             write_atomically(file, lambda stream: stream.write(text.encode()))
         except OSError as error:
@@ -156,24 +148,3 @@ def _not_begun(folder: Path) -> list[str]:
     """The groups of the config whose stages have no checkpoint."""
     stages = {"guided": "guided", "progressive": "round_*"}
     return [name for name, pattern in stages.items() if not any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA"))]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _revision() -> str:
-    here = Path(__file__).resolve().parent
-    try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-        return shown.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -81,16 +81,16 @@ def main() -> None:
             images[start : start + 1000] = random.integers(0, 256, images[start : start + 1000].shape, dtype=np.uint8)
         del images
         start = time.monotonic()
-        statistics, pace = network.statistics_of(
+        found = network.statistics_of(
             open_unlabelled(path), np.arange(arguments.num), 10_000, Partial(Path(folder) / "partial", ""), Interrupt()
         )
         seconds = time.monotonic() - start
     facts = {
-        "num": statistics.pool.count,
+        "num": found.statistics.pool.count,
         "network": network.text(),
         "seconds": round(seconds, 1),
         "images_per_second": round(arguments.num / seconds, 1),
-        "pace": pace.text() if pace else "",
+        "pace": found.pace.text() if found.pace else "",
         "saved_every_s": stream.SAVE_SECONDS,
         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
         "hardware": meshes.describe(meshes.make_mesh()),

@@ -135,6 +135,11 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("Error: Stage teacher: ")
 
 
+def test_fields_of_another_config_are_not_taken_for_those_of_the_run(smoke_run):
+    refused = main("--mode=evaluate", f"--workdir={smoke_run.path}", "--config.evaluation.num_samples=8")
+    failed(refused, 2, f"--config=configs/workdir.py:{smoke_run.path}")
+
+
 def test_samples_are_written_and_what_cannot_be_sampled_is_refused(smoke_run, tmp_path):
     done = main("--mode=sample", f"--workdir={smoke_run.path}", "--num=3", "--labels=1,2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr

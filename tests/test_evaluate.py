@@ -75,7 +75,10 @@ def test_records_hold_what_is_needed_to_repeat_them(measured, settings):
         assert record["protocol"].endswith("clip, variance fraction 0, edm quantisation")
         assert (record["reference"], record["reference_count"]) == ("digits", 16)
         assert (record["method"], record["dataset"], record["guidance_range"]) == ("progressive", "digits", [0.0, 2.0])
-        assert ("spread" in record) == (record["metric"] in ("is", "kid"))
+        assert ("spread" in record) == (record["metric"] == "is")  # the subsets of KID are all there is: no spread
+        assert record["git_revision"]
+        assert {"jax", "diffdistill"} <= record["versions"].keys()
+        assert record["command_line"]
     assert any("images/s: making them" in line and "feature network" in line for line in said)
 
 
@@ -160,6 +163,11 @@ def test_images_made_elsewhere(weights, settings, tmp_path, smoke_run):
     (cached,) = (tmp_path / "out" / "cache").glob("*.npz")
     again = run(str(cached))
     assert again == first
+    # ADM's files hold statistics, and images beside them, of which the features are computed.
+    with np.load(cached) as file:
+        statistics = {name: file[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(tmp_path / "adm.npz", **statistics, arr_0=np.load(tmp_path / "data.npy"))
+    assert run(str(tmp_path / "adm.npz")) == first  # the same in every number, so nothing new to measure
     # A file of another protocol is refused with both names.
     made = reference.read(cached, protocol="tf")
     reference.write(tmp_path / "clean.npz", dataclasses.replace(made, provenance={"protocol": "clean"}))
@@ -170,6 +178,17 @@ def test_images_made_elsewhere(weights, settings, tmp_path, smoke_run):
         evaluate_images.evaluate(
             str(tmp_path / "one.npy"), str(cached), config, str(weights), str(tmp_path / "out"), Interrupt()
         )
+    # A file of mean and covariance alone gives fewer figures, and that is said.
+    np.savez(tmp_path / "alone.npz", mu=statistics["mu"], sigma=statistics["sigma"])
+    said.clear()
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(settings, reference_protocol="tf"))
+    alone = [record for record in run(str(tmp_path / "alone.npz")) if record["reference"] == "alone.npz"]
+    assert [record["metric"] for record in alone] == ["fid", "is"]
+    assert [line for line in said if "left out" in line] == [
+        "left out: sfid (the reference has no statistics of spatial features)",
+        "left out: kid, precision, recall (the reference has no features of single images; --mode=statistics keeps "
+        "some)",
+    ]
 
 
 def test_missing_weights_are_said_before_training(smoke_run, settings, tmp_path, monkeypatch):

@@ -134,6 +134,8 @@ def _remarks(found: Measured) -> list[str]:
     remarks = [f"{found.seeds} seeds"] if found.seeds > 1 else []
     if found.record["num_samples"] != _EVALUATED:
         remarks.append(f"{found.record['num_samples']:,} samples".replace(",", " "))
+    if not str(found.record.get("protocol", "")).startswith("inception tf"):
+        remarks.append("other protocol")
     if not fetch.is_inception(found.record.get("weights_sha256")):
         remarks.append("other feature network: not comparable")
     return remarks
@@ -143,7 +145,8 @@ def _notes(pairs: Sequence[Pair]) -> list[str]:
     present = {row.status for row, _ in pairs}
     notes = [text for status, text in _LEGEND.items() if status in present]
     origins = {
-        f"{found.record.get('config', 'a run')}: {found.record.get('protocol', 'unknown protocol')}; "
+        f"{found.record.get('config', 'a run')}: {found.record.get('protocol', 'unknown protocol')}, "
+        f"{found.record.get('reference', 'unknown')} of {found.record.get('reference_count') or 'unknown'} images; "
         f"{found.record['hardware']}, {found.record['date'][:10]}": None
         for _, found in pairs
         if found is not None

@@ -255,19 +255,21 @@ def load(path: str | os.PathLike[str] = "", protocol: str = "tf", accept_sha256:
     found = fetch.sha256(file)
     known = (fetch.INCEPTION.sha256, fetch.INCEPTION_NESTED.sha256)
     if found not in (*known, accept_sha256.lower()):
+        size = file.stat().st_size
+        short = f" It has {size} of {fetch.INCEPTION.size} bytes." if size < fetch.INCEPTION.size else ""
         raise WeightsError(
             f"{file} is not the published Inception network: its sha256 is {found}, expected {known[0]} (torch) or "
-            f"{known[1]} (nested dict). Fetch it with --mode=fetch-weights. A network of your own is accepted with "
-            f"config.evaluation.inception_sha256={found}; its figures are then not FID."
+            f"{known[1]} (nested dict).{short} Fetch it with --mode=fetch-weights. A network of your own is accepted "
+            f"with config.evaluation.inception_sha256={found}; its figures are then not FID."
         )
-    if found == fetch.INCEPTION_NESTED.sha256 or file.suffix in (".pickle", ".pkl"):
+    if torch_file.is_torch(file):
+        variables = variables_from_state_dict(torch_file.read_state_dict(file))
+    else:
         try:
             with open(file, "rb") as stream:
                 variables = variables_from_nested(pickles.load(stream, str(file)))
         except DataError as error:
             raise WeightsError(f"{error}.") from error
-    else:
-        variables = variables_from_state_dict(torch_file.read_state_dict(file))
     return FeatureExtractor(variables, protocol, found)
 
 

@@ -16,6 +16,7 @@ from importlib import resources
 import numpy as np
 
 from diffdistill.evaluation.results import Record
+from diffdistill.weights import fetch
 
 PUBLISHED, QUOTED, RECALLED, UNKNOWN = "published", "quoted_by_later_papers", "recalled_unconfirmed", "unknown"
 # How the methods of the table are told from a record; methods that this library does not have match nothing.
@@ -81,10 +82,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured here for a published row: the mean over the seeds of the newest parameters.
+    """What was measured here for a published row: the mean over seeds.
 
     Attributes:
-      value: the mean.
+      value: their mean.
       seeds: how many seeds it is of.
       record: the newest record of them, for samples, protocol, hardware and date.
     """
@@ -119,7 +120,8 @@ def _rows() -> tuple[Row, ...]:
 def measured(row: Row, records: Iterable[Record]) -> Measured | None:
     """What belongs beside a published row; None: not measured.
 
-    Where a row states no steps, the most steps that were measured count. Of several runs the newest counts.
+    Where a row states no steps, the most steps that were measured count. Of several measurements that of the published
+    network counts before others, then protocol tf, then the most samples, then the newest.
     """
     fitting = [record for record in records if _fits(row, record)]
     if row.steps is None and fitting:
@@ -127,10 +129,15 @@ def measured(row: Row, records: Iterable[Record]) -> Measured | None:
         fitting = [record for record in fitting if record["num_steps"] == most]
     if not fitting:
         return None
-    newest = max(fitting, key=lambda record: record["date"])
+    newest = max(fitting, key=_worth)
     same = ("params_hash", "protocol", "num_samples", "num_steps", "sampler")
     seeds = {r["seed"]: r["value"] for r in fitting if all(r.get(name) == newest.get(name) for name in same)}
     return Measured(float(np.mean(list(seeds.values()))), len(seeds), newest)
+
+
+def _worth(record: Record) -> tuple[bool, bool, int, str]:
+    is_tf = str(record.get("protocol", "")).startswith("inception tf")
+    return fetch.is_inception(record.get("weights_sha256")), is_tf, record["num_samples"], record["date"]
 
 
 def _fits(row: Row, record: Record) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -31,13 +30,14 @@ import numpy as np
 from diffdistill.data import pickles
 from diffdistill.data.contract import DataError
 from diffdistill.diffusion import names
-from diffdistill.evaluation import protocols
+from diffdistill.evaluation import program, protocols
 from diffdistill.evaluation.files import write_atomically
 
 if TYPE_CHECKING:
     from diffdistill.evaluation.stream import ImageStatistics
 
 _MEMBERS = ("mu", "sigma", "mu_s", "sigma_s", "features", "provenance")
+_IMAGES = {"arr_0", "images"}
 _CLEAN_FID = re.compile(
     r".+_(clean|legacy_tensorflow|legacy_pytorch)(_clip_vit_b_32)?_[a-z0-9]+_(?:\d+|na)\.npz", re.IGNORECASE
 )
@@ -104,7 +104,7 @@ def of_statistics(statistics: ImageStatistics, provenance: Mapping[str, Any]) ->
         "kind": "diffdistill",
         "count": int(statistics.pool.count),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "written_by": _versions(),
+        "written_by": program.about(),
     }
     return Reference(
         statistics.pool.mean(),
@@ -138,11 +138,21 @@ def is_statistics(path: str | os.PathLike[str]) -> bool:
     with path.open("rb") as file:
         if file.read(1) == b"\x80":
             return True
+    return "mu" in _members(path)
+
+
+def holds_images(path: str | os.PathLike[str]) -> bool:
+    """Whether an .npz file holds images, perhaps beside statistics, as ADM's reference batches do."""
+    return not _IMAGES.isdisjoint(_members(Path(path)))
+
+
+def _members(path: Path) -> set[str]:
+    """The arrays of an .npz file; none for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return "mu.npy" in archive.namelist()
-    except zipfile.BadZipFile:
-        return False
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except (OSError, zipfile.BadZipFile):
+        return set()
 
 
 def read(
@@ -226,7 +236,7 @@ def _npz(path: Path) -> dict[str, Any]:
         ) from error
     if "mu" in found and "sigma" in found:
         return found
-    if {"arr_0", "images"} & set(members):
+    if not _IMAGES.isdisjoint(members):
         raise StatisticsError(
             f"{path} holds images, not statistics of them. --mode=evaluate --images={path} measures them; "
             f"--mode=evaluate --images=... --reference={path} compares others with them."
@@ -297,13 +307,3 @@ def _features(path: Path, arrays: Mapping[str, Any], dimension: int) -> np.ndarr
     if not np.isfinite(features).all():
         raise StatisticsError(f"{path}: features hold a NaN or an infinity; compute it again.")
     return features.astype(np.float32)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("diffdistill", "jax", "numpy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout that was never installed
-            continue
-    return found

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from diffdistill.evaluation import program
+
 Record = dict[str, Any]
 Key = tuple[Any, ...]
 
@@ -53,7 +55,7 @@ def record(
     params_hash: str,
     **more: Any,
 ) -> Record:
-    """One measurement, dated now (UTC). `wall_time` in seconds; further facts may be added by keyword."""
+    """One measurement by this program, dated now (UTC). `wall_time` in seconds; further facts by keyword."""
     return {
         "stage": stage,
         "num_steps": int(num_steps),
@@ -68,6 +70,7 @@ def record(
         "wall_time": float(wall_time),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "params_hash": params_hash,
+        **program.about(),
         **more,
     }
 

@@ -48,6 +48,16 @@ class FeaturesError(ValueError):
     """Features that no figure can be computed from; the message says of which images."""
 
 
+class OtherProcessFailed(RuntimeError):
+    """This process had no fault, but another one of the job had, and says itself which."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Evaluation stopped, since another process of this job failed: see its message. What was saved before is "
+            "kept; put it right and start the same command again."
+        )
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Images number first, ..., stop - 1 of a set: the first rows of `images` (B, H, W, C) uint8; the rest is padding.
@@ -106,32 +116,32 @@ class Partial:
     def path(self) -> Path:
         return self.folder / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
-    def load(self, empty: ImageStatistics) -> tuple[int, ImageStatistics]:
-        """(images done, what this process starts from): all of it on the main process, nothing on the others."""
+    def load(self, empty: ImageStatistics) -> tuple[int, float, ImageStatistics]:
+        """(images done, seconds that took, what to start from): all on the main process, nothing on the others."""
         done = max((int(path.parent.name) for path in self.path.glob("*/complete")), default=0)
         done = int(meshes.from_main(np.array(done, np.int32)))  # one looks, all act alike
         if not done or not meshes.is_main():
-            return done, empty
-        return done, self._merged(done)
+            return done, 0.0, empty
+        return done, self._about(done)["seconds"], self._merged(done)
 
-    def save(self, done: int, statistics: ImageStatistics) -> None:
+    def save(self, done: int, seconds: float, statistics: ImageStatistics) -> None:
         """Writes this process's share of the first `done` images. All processes call it together."""
         folder = self.path / str(done)
         arrays = to_arrays(statistics)
         write_atomically(folder / f"process_{jax.process_index():04d}.npz", lambda file: np.savez(file, **arrays))
         meshes.wait_for_all("statistics are written")
         if meshes.is_main():
-            count = jax.process_count()
-            write_atomically(folder / "complete", lambda file: file.write(json.dumps({"processes": count}).encode()))
+            about = json.dumps({"processes": jax.process_count(), "seconds": seconds})
+            write_atomically(folder / "complete", lambda file: file.write(about.encode()))
             for other in self.path.iterdir():
-                if other != folder:
+                if int(other.name) < done:  # a later one may be under way already
                     shutil.rmtree(other)
 
-    def collect(self, done: int, statistics: ImageStatistics) -> ImageStatistics:
+    def collect(self, done: int, seconds: float, statistics: ImageStatistics) -> ImageStatistics:
         """The statistics of all processes together, on the main one; the others get their own share back."""
         if jax.process_count() == 1:
             return statistics
-        self.save(done, statistics)
+        self.save(done, seconds, statistics)
         return self._merged(done) if meshes.is_main() else statistics
 
     def remove(self) -> None:
@@ -141,17 +151,34 @@ class Partial:
             with contextlib.suppress(OSError):  # others have something there, or nothing was ever saved
                 self.folder.rmdir()
 
+    def _about(self, done: int) -> dict[str, Any]:
+        return json.loads((self.path / str(done) / "complete").read_text())
+
     def _merged(self, done: int) -> ImageStatistics:
         folder = self.path / str(done)
-        count = json.loads((folder / "complete").read_text())["processes"]
         parts = []
-        for index in range(count):
+        for index in range(self._about(done)["processes"]):
             with np.load(folder / f"process_{index:04d}.npz", allow_pickle=False) as file:
                 parts.append(from_arrays(file))
         merged = parts[0]
         for part in parts[1:]:
             merged = merge(merged, part)
         return merged
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What came of a stream of images.
+
+    Attributes:
+      statistics: of all images on the main process; a share of them elsewhere.
+      seconds: that all starts together took, on the main process.
+      pace: of one chunk; None where everything had been done before.
+    """
+
+    statistics: ImageStatistics
+    seconds: float
+    pace: Pace | None
 
 
 def accumulate(
@@ -162,7 +189,7 @@ def accumulate(
     partial: Partial,
     interrupt: Interrupt,
     title: str,
-) -> tuple[ImageStatistics, Pace | None]:
+) -> Accumulated:
     """Passes images 0, ..., num - 1 through the feature network.
 
     Args:
@@ -174,19 +201,19 @@ def accumulate(
       interrupt: looked at after every chunk.
       title: of the progress display.
 
-    Returns:
-      The statistics of all images (on the main process; elsewhere a share of them), and the pace of one chunk.
-
     Raises:
       EvaluationInterrupted: a signal arrived; everything up to the last chunk is saved.
       FeaturesError: features that are not finite.
+      OtherProcessFailed: what went wrong, went wrong on another process.
     """
-    done, statistics = partial.load(empty)
+    begun = time.monotonic()
+    done, before, statistics = partial.load(empty)
     if done >= num:  # only the writing of the results was left
-        return statistics, None
+        return Accumulated(statistics, before, None)
     progress = make_progress(title, done, num, unit="image")
+    source = chunks(done)
     in_flight: deque[tuple[Chunk, Mapping[str, jax.Array]]] = deque()
-    saved, number, pace = time.monotonic(), 0, None
+    saved, number, pace = begun, 0, None
 
     def absorb() -> None:
         nonlocal statistics, done
@@ -198,41 +225,56 @@ def accumulate(
         done = chunk.stop
         progress.advance(done, {})
 
-    source = chunks(done)
+    def step() -> None:
+        """One chunk. The devices work on it while the host adds up the one before.
+
+        The first two are not overlapped, so that the second can be timed: by then the programs are compiled.
+        """
+        nonlocal number, pace
+        start = time.monotonic()
+        chunk = next(source, None)
+        if chunk is not None and number == 1:
+            jax.block_until_ready(chunk.images)
+            made = time.monotonic()
+            in_flight.append((chunk, jax.block_until_ready(extract(chunk.images))))
+            extracted = time.monotonic()
+            absorb()
+            added, count = time.monotonic(), chunk.images.shape[0]
+            pace = Pace((made - start) / count, (extracted - made) / count, (added - extracted) / count)
+        elif chunk is not None:
+            in_flight.append((chunk, extract(chunk.images)))
+        number += 1
+        while in_flight and (len(in_flight) > 1 or chunk is None or number < 2):
+            absorb()
+
+    def together(action: Callable[[], None]) -> None:
+        """Where one process fails all stop, rather than wait for it for ever."""
+        failure = None
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear of it
+            failure = error
+        if meshes.any_process(failure is not None):
+            raise failure or OtherProcessFailed()
+
+    def absorb_all() -> None:
+        while in_flight:
+            absorb()
+
     try:
         while done < num:
-            start = time.monotonic()
-            chunk = next(source, None)
-            if chunk is not None:
-                if number == 1:  # the programs are compiled: this one chunk is timed step by step
-                    jax.block_until_ready(chunk.images)
-                    made = time.monotonic()
-                    taps = jax.block_until_ready(extract(chunk.images))
-                    extracted = time.monotonic()
-                    in_flight.append((chunk, taps))
-                    absorb()
-                    count = chunk.images.shape[0]
-                    pace = Pace(
-                        (made - start) / count, (extracted - made) / count, (time.monotonic() - extracted) / count
-                    )
-                else:
-                    in_flight.append((chunk, extract(chunk.images)))
-                number += 1
-            # The devices work on the newest chunk while the host adds up the one before. The first two are not
-            # overlapped, so that the second can be timed.
-            while in_flight and (len(in_flight) > 1 or chunk is None or number < 2):
-                absorb()
+            together(step)
             due = time.monotonic() - saved > SAVE_SECONDS
             if done < num and meshes.any_process(due or interrupt.requested):
-                while in_flight:
-                    absorb()
-                partial.save(done, statistics)
+                together(absorb_all)
                 saved = time.monotonic()
+                partial.save(done, before + saved - begun, statistics)
                 if meshes.any_process(interrupt.requested):
                     raise EvaluationInterrupted(interrupt.reason)
     finally:
         progress.close()
-    return partial.collect(done, statistics), pace
+    seconds = before + time.monotonic() - begun
+    return Accumulated(partial.collect(done, seconds, statistics), seconds, pace)
 
 
 def empty(num: int, capacity: int) -> ImageStatistics:

@@ -85,16 +85,20 @@ def arrange(results: Iterable[Entry]) -> dict[Weight, list[Block]]:
     """Results by guidance weight, then by metric in the order of `METRICS`, then by model: teacher first.
 
     A halving student is measured at its own number of steps; the students of a chain share one row. Of repeated
-    measurements the last counts; different seeds are averaged.
+    measurements the last counts; other seeds of the same parameters, protocol and number of samples are averaged.
     """
     results = list(results)
     many_samplers = len({entry.get("sampler") for entry in results}) > 1
-    cells: dict[Weight, dict[str, dict[str, dict[int, dict[Any, float]]]]] = {}
+    cells: dict[Weight, dict[str, dict[str, dict[int, dict[Any, Any]]]]] = {}
     for entry in results:
         named = many_samplers or entry["stage"] == "teacher"
         label = row_label(entry["stage"], int(entry["num_steps"]), entry.get("sampler") if named else None)
         row = cells.setdefault(_weight(entry), {}).setdefault(entry["metric"], {}).setdefault(label, {})
-        row.setdefault(int(entry["num_steps"]), {})[entry.get("seed")] = float(entry["value"])
+        kind = tuple(entry.get(name) for name in ("params_hash", "protocol", "num_samples"))
+        seeds = row.setdefault(int(entry["num_steps"]), {})
+        if seeds.get("kind") != kind:
+            seeds.clear()
+        seeds |= {"kind": kind, entry.get("seed"): float(entry["value"])}
     known = list(METRICS)
     arranged: dict[Weight, list[Block]] = {}
     for w in sorted(cells, key=lambda w: -math.inf if w is None else w):
@@ -103,13 +107,18 @@ def arrange(results: Iterable[Entry]) -> dict[Weight, list[Block]]:
             Block(
                 metric_of(name),
                 tuple(
-                    Row(label, {step: sum(seeds.values()) / len(seeds) for step, seeds in sorted(row.items())})
+                    Row(label, {step: _mean(seeds) for step, seeds in sorted(row.items())})
                     for label, row in sorted(cells[w][name].items(), key=lambda item: _rank(item[0]))
                 ),
             )
             for name in names
         ]
     return arranged
+
+
+def _mean(seeds: Mapping[Any, Any]) -> float:
+    values = [value for seed, value in seeds.items() if seed != "kind"]
+    return sum(values) / len(values)
 
 
 def row_label(stage: str, num_steps: int, sampler: str | None = None) -> str:
@@ -157,6 +166,14 @@ def remarks(results: Iterable[Entry]) -> list[str]:
     results = list(results)
     own = {entry["weights_sha256"][:12] for entry in results if not fetch.is_inception(entry.get("weights_sha256"))}
     found = [NOT_FID] if any(entry["metric"] in DOMAIN for entry in results) else []
+    mixed = [
+        words
+        for name, words in (("num_samples", "numbers of samples"), ("protocol", "protocols"))
+        if len({entry.get(name) for entry in results if entry["metric"] not in DOMAIN}) > 1
+        and any(entry["metric"] == "fid" for entry in results)
+    ]
+    if mixed:
+        found.append(f"Several {' and '.join(mixed)} are among these figures; results.jsonl says which is whose.")
     if own:
         found.append(f"Figures of the feature network {', '.join(sorted(own))} are not those of the published one.")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from diffdistill import chain, fields
 from diffdistill.config import Config
 from diffdistill.data.contract import Source
 from diffdistill.judges import domain, inception
@@ -31,6 +32,16 @@ def make(
 
 
 def check(config: Config, inception_weights: str) -> None:
-    """Refuses, before a run trains for days, an evaluation that could not start: WeightsError."""
-    if config.evaluation.features == "inception" and config.evaluation.num_samples:
-        inception.load_network(config.evaluation, inception_weights)
+    """Refuses, before a run trains for days, an evaluation that could not start.
+
+    Raises:
+      ConfigError: a stage is to be measured that the run does not have.
+      WeightsError, StatisticsError: the network or the reference file is not there or not the right one.
+    """
+    evaluation = config.evaluation
+    for index, name in enumerate(evaluation.stages):
+        fields.one_of(f"config.evaluation.stages[{index}]", name, [stage.name for stage in chain.plan(config)])
+    if evaluation.features == "inception" and evaluation.num_samples:
+        network = inception.load_network(evaluation, inception_weights)
+        if evaluation.reference:
+            network.read_reference(evaluation.reference, evaluation.reference_protocol)

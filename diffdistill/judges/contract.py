@@ -10,6 +10,8 @@ from diffdistill.chain import Stage
 from diffdistill.sample import Generator, Samples
 from diffdistill.training.interrupt import Interrupt
 
+SHOWN = 200  # images of every measurement that are kept for pictures
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -40,7 +42,7 @@ class Figures:
       values: figure by metric; empty on all but the main process.
       spreads: standard deviation over parts of the samples, of the metrics that have one.
       shown: the first images, for pictures.
-      seconds: for making the samples.
+      seconds: for making and measuring the samples, since the last start.
       facts: whatever else every record of these figures says.
       written: to be called once the figures are on disk.
     """

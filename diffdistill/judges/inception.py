@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,13 +12,11 @@ from diffdistill.evaluation import measuring, stream
 from diffdistill.evaluation.measuring import Network
 from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.stream import Chunk, Partial
-from diffdistill.judges.contract import Figures, Measurement
+from diffdistill.judges.contract import SHOWN, Figures, Measurement
 from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
-
-SHOWN = 200  # images of every measurement that are kept for pictures
 
 
 class InceptionJudge:
@@ -32,7 +29,9 @@ class InceptionJudge:
 
     def protocol(self, item: Measurement, generator: Generator) -> str:
         """Protocol, weights, reference and the sampler's settings."""
-        return f"{self._network.text()}, reference {self._reference.digest()}, {generator.settings_text(item.sampler)}"
+        kept = self._folder.config.evaluation.reservoir
+        settings = generator.settings_text(item.sampler)
+        return f"{self._network.text()}, reference {self._reference.digest()}, {kept} kept, {settings}"
 
     def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
         """What the reference allows."""
@@ -46,16 +45,15 @@ class InceptionJudge:
         evaluation = self._folder.config.evaluation
         settings = {"seed": item.seed, "w": item.w, "num_steps": item.num_steps, "sampler": item.sampler}
         shown = generator.sample(min(SHOWN, evaluation.num_samples), **settings)
-        start = time.monotonic()
         if not wanted:
-            return Figures({}, shown, time.monotonic() - start)
+            return Figures({}, shown, 0.0)
 
         def chunks(first: int) -> Iterator[Chunk]:
             return generator.stream(evaluation.num_samples, first=first, **settings)
 
         identity = json.dumps([item.text(), item.seed, digest, evaluation.num_samples, evaluation.reservoir])
         partial = Partial(self._folder.path / "evaluation" / ".partial", f"{identity} {self.protocol(item, generator)}")
-        statistics, pace = stream.accumulate(
+        found = stream.accumulate(
             chunks,
             self._network.extract,
             stream.empty(evaluation.num_samples, evaluation.reservoir),
@@ -64,14 +62,13 @@ class InceptionJudge:
             interrupt,
             f"evaluation: {item.text()}",
         )
-        seconds = time.monotonic() - start
         facts = {**self._network.facts(), **self._reference.facts(), "quantisation": generator.quantisation}
         if not meshes.is_main():
-            return Figures({}, shown, seconds, facts=facts)
-        values, spreads = measuring.figures(statistics, self._reference, wanted)
-        if pace is not None:
-            self._say(f"{item.text()}: {pace.text()}")
-        return Figures(values, shown, seconds, spreads, facts, partial.remove)
+            return Figures({}, shown, found.seconds, facts=facts)
+        values, spreads = measuring.figures(found.statistics, self._reference, wanted)
+        if found.pace is not None:
+            self._say(f"{item.text()}: {found.pace.text()}")
+        return Figures(values, shown, found.seconds, spreads, facts, partial.remove)
 
 
 def make(
@@ -86,11 +83,14 @@ def make(
     network = load_network(evaluation, weights)
     if evaluation.reference:
         reference = network.read_reference(evaluation.reference, evaluation.reference_protocol)
+        cache = folder.path / "evaluation" / "cache"
+        reference = network.with_features(reference, evaluation.reference, evaluation.reservoir, cache, interrupt)
     else:
         reference = network.reference_of(
             source, evaluation.reference_images, evaluation.reservoir, folder.path / "evaluation" / "cache", interrupt
         )
     say(f"evaluation: {network.text()}, against {reference.text()}")
+    measuring.say_left_out(reference, evaluation.num_samples, say)
     return InceptionJudge(folder, network, reference, say)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -83,7 +84,7 @@ def fetch(published: Published, destination: str | os.PathLike[str] = "") -> Pat
             return write_atomically(path, lambda file: _copy(response, file, published))
     except WeightsError:
         raise
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
         raise WeightsError(
             f"{published.url} cannot be fetched ({reason}). Without a network here, fetch it on another machine "

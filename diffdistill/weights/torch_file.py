@@ -146,6 +146,13 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     return found
 
 
+def is_torch(path: str | Path) -> bool:
+    """Whether a file is of torch.save, by its content: a zip file, or a pickle that begins with torch's number."""
+    with open(path, "rb") as file:
+        start = file.read(32)
+    return start.startswith(b"PK") or _MAGIC.to_bytes(10, "little") in start
+
+
 def _read_zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()

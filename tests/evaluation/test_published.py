@@ -32,6 +32,8 @@ RECORD = {
     "config": "progressive-cifar10",
     "protocol": "inception tf",
     "weights_sha256": fetch.INCEPTION.sha256,
+    "reference": "cifar10-32x32.npz",
+    "reference_count": 50_000,
 }
 
 
@@ -125,7 +127,7 @@ def test_terminal_shows_both_and_what_is_missing():
     (line,) = [line for line in text.splitlines() if " 4 " in line and "progressive" in line]
     assert line.split() == ["cifar10", "no", "progressive", "4", "ddim", "3.0", "3.21"]
     assert text.count("not measured") == 20
-    assert "measured: progressive-cifar10: inception tf; 8 x TPU v4, 20" in text
+    assert "measured: progressive-cifar10: inception tf, cifar10-32x32.npz of 50000 images; 8 x TPU v4, 20" in text
     assert "?" not in text
 
 

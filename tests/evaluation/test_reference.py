@@ -69,7 +69,7 @@ def test_our_statistics_are_the_moments_of_the_features():
     np.testing.assert_allclose(made.spatial_covariance, ADM["sigma_s"], rtol=1e-10, atol=1e-12)
     assert made.count == 40
     assert made.provenance["kind"] == "diffdistill"
-    assert {"jax", "numpy"} <= made.provenance["written_by"].keys()
+    assert {"jax", "numpy"} <= made.provenance["written_by"]["versions"].keys()
     assert made.text() == "digits:train (40 images)"
     assert made.facts() == {"reference": "digits:train", "reference_count": 40}
 

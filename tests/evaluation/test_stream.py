@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diffdistill.data.contract import DataError
 from diffdistill.evaluation import metrics, moments, stream
 from diffdistill.evaluation.stream import Chunk, ImageStatistics, Partial
 from diffdistill.training import mesh as meshes
@@ -41,7 +42,7 @@ def chunks(first: int, stop: int = NUM, rows: int = ROWS):
 def accumulate(folder: Path, source=chunks, interrupt: Interrupt | None = None) -> ImageStatistics:
     partial = Partial(folder, "a set of images")
     empty = stream.empty(NUM, 30)
-    return stream.accumulate(source, extract, empty, NUM, partial, interrupt or Interrupt(), "test")[0]
+    return stream.accumulate(source, extract, empty, NUM, partial, interrupt or Interrupt(), "test").statistics
 
 
 def same(first: ImageStatistics, second: ImageStatistics, **tolerance: float) -> None:
@@ -120,13 +121,19 @@ def test_a_killed_accumulation_continues_to_the_same_bits(whole, tmp_path, after
 
     with pytest.raises(stream.EvaluationInterrupted, match=r"SIGTERM.*same command again to continue"):
         accumulate(tmp_path, killed, interrupt)
+    (about,) = tmp_path.glob("*/*/complete")
+    about.write_text(about.read_text().replace('"seconds": ', '"seconds": 1'))  # as if it had taken long
     assert made == [ROWS * index for index in range(after)]
 
     def rest(first):
         assert first == after * ROWS
         return chunks(first)
 
-    same(whole, accumulate(tmp_path, rest), rtol=0, atol=0)
+    found = stream.accumulate(
+        rest, extract, stream.empty(NUM, 30), NUM, Partial(tmp_path, "a set of images"), Interrupt(), "test"
+    )
+    same(whole, found.statistics, rtol=0, atol=0)
+    assert found.seconds > 10
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_save_before(whole, tmp_path, monkeypatch):
@@ -167,10 +174,29 @@ def test_features_that_are_not_finite_are_refused_by_the_numbers_of_their_images
         stream.accumulate(chunks, broken, stream.empty(NUM, 30), NUM, Partial(tmp_path, "x"), Interrupt(), "test")
 
 
+def test_where_another_process_fails_this_one_stops_too(tmp_path, monkeypatch):
+    """Rather than wait for ever. Its own fault comes with its own message."""
+    original = meshes.any_process
+    monkeypatch.setattr(meshes, "any_process", lambda flag: original(True))
+    with pytest.raises(stream.OtherProcessFailed, match="another process of this job failed: see its message"):
+        accumulate(tmp_path)
+
+    def broken(first):
+        yield from itertools.islice(chunks(first), 2)
+        raise DataError("image 32 is damaged")
+
+    with pytest.raises(stream.OtherProcessFailed):
+        accumulate(tmp_path, broken)
+    monkeypatch.setattr(meshes, "any_process", original)
+    with pytest.raises(DataError, match="image 32 is damaged"):
+        accumulate(tmp_path, broken)
+
+
 def test_the_pace_says_where_the_time_went(tmp_path):
-    _, pace = stream.accumulate(
-        chunks, extract, stream.empty(NUM, 30), NUM, Partial(tmp_path, "x"), Interrupt(), "test"
-    )
+    found = stream.accumulate(chunks, extract, stream.empty(NUM, 30), NUM, Partial(tmp_path, "x"), Interrupt(), "test")
+    assert found.pace is not None
+    pace = found.pace
     assert pace.making > 0
+    assert found.seconds > 0
     assert "images/s: making them" in pace.text()
     assert "feature network" in pace.text()
