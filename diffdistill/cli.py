@@ -51,7 +51,15 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num", 0, "sample: number of images (default 100, or as many as there are latents).")
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
-    flags.DEFINE_list("labels", [], "sample: classes by number or name, repeated in turn (default all classes).")
+    flags.DEFINE_list(
+        "labels",
+        [],
+        "sample: classes by number or name, or an .npy file of numbers or one-hot rows; repeated in turn (default all "
+        "classes).",
+    )
+    flags.DEFINE_enum(
+        "quantisation", "", ["", "edm", "adm", "none"], "sample: how images become bytes; none: float32 in [-1, 1]."
+    )
     flags.DEFINE_string("latents", "", "sample: .npy file with the initial noise, (num, H, W, C) float32.")
     flags.DEFINE_string(
         "out",
@@ -376,10 +384,10 @@ def _noise_levels(interrupt: Any) -> None:
 
 def _sample(interrupt: Any) -> None:
     del interrupt
-    from diffdistill import sample
+    from diffdistill import sample_files
 
     path = _workdir(FLAGS.config)  # the run says all else itself
-    sample.to_files(
+    sample_files.to_files(
         Path(path) / FLAGS.stage if FLAGS.stage else Path(path),
         out=FLAGS.out,
         num=FLAGS.num,
@@ -389,6 +397,7 @@ def _sample(interrupt: Any) -> None:
         w=FLAGS.w,
         num_steps=FLAGS.steps or None,
         sampler=FLAGS.sampler or None,
+        quantisation=FLAGS.quantisation,
         say=_say,
     )
 

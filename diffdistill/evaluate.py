@@ -22,7 +22,8 @@ from diffdistill.data.contract import Source
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.judges.contract import SHOWN, Judge, Measurement
-from diffdistill.sample import Generator, Samples, load_stage, save_grid
+from diffdistill.sample import Generator, Samples, load_stage, samplers_for
+from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.progress import make_progress
@@ -57,7 +58,11 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
                 # A round is measured at its own number of steps, whatever the list says.
                 steps = (stage.num_steps,) if stage.num_steps else evaluation.num_steps
                 steps = (full, *steps) if stage.name == "teacher" and with_reference else steps
-                asked = [Measurement(stage, num_steps, sampler, w, seed) for sampler in samplers for num_steps in steps]
+                asked = [
+                    Measurement(stage, num_steps, sampler, w, seed)
+                    for sampler in samplers_for(stage, samplers)
+                    for num_steps in steps
+                ]
                 yield from (item for item in dict.fromkeys(asked) if item != reference)
 
 

@@ -16,7 +16,8 @@ def _log_snr(sigma: float) -> float:
     return -2.0 * math.log(sigma)
 
 
-# Bounds of log-SNR are the levels on which each network is trained; samplers do not leave them.
+# Bounds of log-SNR are the levels on which each network is trained; samplers do not leave them. EDM's own time is
+# sigma, but halving takes equal steps in time: of those linear in sigma nearly all would lie where all is noise.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "vp": {
         "process": {"schedule": "vp", "log_snr_min": -20.0, "log_snr_max": _log_snr(vp_sigma(1e-5))},
@@ -37,7 +38,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sampling": {"solver": "euler", "discretisation": "iddpm", "noise_schedule": "linear", "scaling": "none"},
     },
     "edm": {
-        "process": {"schedule": "edm", "log_snr_min": _log_snr(80.0), "log_snr_max": _log_snr(0.002)},
+        "process": {"schedule": "karras", "log_snr_min": _log_snr(80.0), "log_snr_max": _log_snr(0.002)},
         "model": {"prediction": "edm"},
         "teacher": {"noise": "lognormal", "weight": "edm"},
         "sampling": {"solver": "heun", "discretisation": "edm", "noise_schedule": "linear", "scaling": "none"},

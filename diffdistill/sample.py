@@ -22,7 +22,7 @@ import numpy as np
 from diffdistill import chain, runner, samplers, workdir
 from diffdistill.chain import Stage
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.evaluation import images, protocols
+from diffdistill.evaluation import protocols
 from diffdistill.evaluation.stream import Chunk
 from diffdistill.models.denoiser import Condition, Denoiser, guided
 from diffdistill.training import mesh as meshes
@@ -35,7 +35,10 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, H, W, C) uint8 with the labels (N,) and seeds (N,) that made them."""
+    """Images (N, H, W, C) with the labels (N,) and seeds (N,) that made them.
+
+    Images are uint8, or, of a generator whose quantisation is "none", float32 in units of [-1, 1], not clipped.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -102,7 +105,8 @@ class Generator:
         """
         num_steps = self.num_steps if num_steps is None else num_steps
         settings = {"labels": labels, "w": w, "num_steps": num_steps, "sampler": sampler, "latents": latents}
-        pictures = np.empty((num, *self.denoiser.image_shape), np.uint8)
+        dtype = np.float32 if self.quantisation == "none" else np.uint8
+        pictures = np.empty((num, *self.denoiser.image_shape), dtype)
         for chunk in self.stream(num, seed=seed, **settings):
             pictures[chunk.first : chunk.stop] = meshes.all_rows(chunk.images)[: chunk.stop - chunk.first]
             progress(chunk.stop)
@@ -279,6 +283,12 @@ def _compiled(
     return run
 
 
+def samplers_for(stage: Stage, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Those of the samplers `wanted` that suit a stage; a round of halving has learnt the steps of DDIM alone."""
+    suitable = tuple(name for name in wanted if not stage.num_steps or name in samplers.SCHEDULED)
+    return suitable or ("ddim",)
+
+
 def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
     """A trained model, ready to sample: ``diffdistill.load("runs/digits").sample(10, w=1.0).images``.
 
@@ -315,101 +325,10 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
         has_null_class=stage.method == "teacher" and config.model.conditional and config.teacher.label_dropout > 0,
-        sampler=config.sampling.sampler,
+        sampler=samplers_for(stage, (config.sampling.sampler,))[0],
         clip=config.sampling.clip,
         settings=dataclasses.asdict(config.sampling),
         quantisation=config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
     )
-
-
-def to_files(
-    path: str | os.PathLike[str],
-    *,
-    out: str,
-    num: int,
-    seed: int,
-    labels: Sequence[str],
-    latents: str,
-    w: float,
-    num_steps: int | None,
-    sampler: str | None,
-    say: Callable[[str], Any],
-) -> None:
-    """Samples a stage and writes <out>/samples.png and <out>/samples.npz; the arguments are those of the command line.
-
-    num = 0 means as many as there are latents, or 100.
-
-    Raises:
-      SampleError: latents that cannot be read, or anything that `Generator.sample` refuses.
-      WorkdirError: a folder that cannot be written.
-    """
-    from tqdm import tqdm
-
-    generator = load(path)
-    root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
-    folder = Path(out) if out else root / "samples"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise workdir.WorkdirError(
-            f"the folder {folder} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
-        ) from error
-    noise = _read_latents(latents) if latents else None
-    num = num or (100 if noise is None else len(noise))
-    with tqdm(total=num, desc="sampling", unit="image", delay=2, disable=None) as bar:
-        samples = generator.sample(
-            num,
-            seed=seed,
-            labels=labels or None,
-            w=w,
-            num_steps=num_steps,
-            sampler=sampler,
-            latents=noise,
-            progress=lambda done: bar.update(done - bar.n),
-        )
-    if not meshes.is_main():
-        return
-    save_grid(folder / "samples.png", samples, generator, max(10, int(np.ceil(np.sqrt(num)))))
-    images.save_npz(folder / "samples.npz", samples.images, samples.labels, samples.seeds)
-    say(
-        f"{num} images from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
-        f"{samples.network_evaluations} network evaluations each: {folder / 'samples.png'}, {folder / 'samples.npz'}"
-    )
-
-
-def save_grid(path: Path, samples: Samples, generator: Generator, columns: int) -> None:
-    """Writes a PNG of samples, at most `columns` wide: rows are classes, named at the left, each as far as it goes.
-
-    Images of a model without classes fill the rows in order.
-    """
-    if not generator.denoiser.num_classes:
-        rows = -(-len(samples.images) // columns)
-        images.save_png(path, images.grid(samples.images, rows, min(columns, len(samples.images))))
-        return
-    groups = [np.flatnonzero(samples.labels == label)[:columns] for label in range(generator.denoiser.num_classes)]
-    present = [(label, group) for label, group in enumerate(groups) if len(group)]
-    width = max(len(group) for _, group in present)
-    if len(present) > max(20, 4 * width):  # many classes with hardly an image each: a plain grid in order of class
-        order = np.argsort(samples.labels, kind="stable")
-        images.save_png(path, images.grid(samples.images[order], -(-len(order) // columns), columns))
-        return
-    tiles = np.full((len(present), width, *samples.images.shape[1:]), images.BACKGROUND, np.uint8)
-    for row, (_, group) in enumerate(present):
-        tiles[row, : len(group)] = samples.images[group]
-    names = [generator.class_names[label] if generator.class_names else str(label) for label, _ in present]
-    flat = tiles.reshape(-1, *samples.images.shape[1:])
-    images.save_png(path, images.grid(flat, len(present), width, row_labels=names))
-
-
-def _read_latents(path: str) -> np.ndarray:
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise SampleError(f"--latents={path} cannot be read: {error.strerror}.") from error
-    except (ValueError, EOFError) as error:
-        raise SampleError(
-            f"--latents={path} is not an .npy file of numbers ({error}); write it with numpy.save."
-        ) from error

@@ -80,6 +80,34 @@ def test_an_imported_teacher_is_sampled_as_the_reference_and_distilled(published
         assert message in refused.stderr
 
 
+def test_the_command_reproduces_the_reference_sampler(tmp_path, monkeypatch):
+    """18 steps of the reference's own sampler with the reference's network: the bar is 1e-3 in units of [-1, 1]."""
+    persistent_pickle.stand_ins(monkeypatch)
+    facts = json.loads(str(test_edm_import.GOLDEN["ddpmpp-cond/facts"]))
+    path = tmp_path / "edm-cond.pkl"
+    path.write_bytes(pickle.dumps(test_edm_import.content_of(facts, test_edm_import.tensors_of(facts))))
+    monkeypatch.undo()
+    folder = tmp_path / "run"
+    import_model("edm", str(path), str(folder), {}, say=lambda text: None)
+    np.save(tmp_path / "latents.npy", test_edm_import.GOLDEN["ddpmpp-cond/x"])
+    expected = test_edm_import.GOLDEN["ddpmpp-cond/sampled"]
+    for name, labels in (("numbers", np.array([2, 0])), ("one_hot", np.eye(3)[[2, 0]])):
+        np.save(tmp_path / f"{name}.npy", labels)
+        done = main(
+            *("--mode=sample", f"--workdir={folder}", "--steps=18", "--sampler=heun", "--quantisation=none"),
+            *(f"--latents={tmp_path / 'latents.npy'}", f"--labels={tmp_path / name}.npy", f"--out={tmp_path / name}"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert "35 network evaluations each" in done.stdout
+        with np.load(tmp_path / name / "samples.npz") as file:
+            np.testing.assert_allclose(file["images"], expected, atol=1e-3)
+            assert file["labels"].tolist() == [2, 0]
+    np.save(tmp_path / "numbers.npy", np.array([[1, 1, 0], [0, 0, 1]]))
+    refused = main("--mode=sample", f"--workdir={folder}", f"--labels={tmp_path / 'numbers.npy'}", "--num=2")
+    assert refused.returncode == 2
+    assert "one-hot rows" in refused.stderr
+
+
 def test_only_images_of_the_models_shape_are_accepted(published, tmp_path):
     folder = tmp_path / "run"
     import_model("edm", str(published), str(folder), {}, say=lambda text: None)

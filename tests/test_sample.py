@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import diffdistill
-from diffdistill import sample
+from diffdistill import sample_files
 from diffdistill.sample import SampleError
 from diffdistill.workdir import WorkdirError
 
@@ -153,7 +153,8 @@ def test_what_a_model_cannot_give_is_refused(student, arguments, words):
 def write(path, out, **changes) -> list[str]:
     said: list[str] = []
     settings = {"num": 4, "seed": 0, "labels": [], "latents": "", "w": 0.0, "num_steps": None, "sampler": None}
-    sample.to_files(path, out=str(out), say=said.append, **{**settings, **changes})
+    settings["quantisation"] = ""
+    sample_files.to_files(path, out=str(out), say=said.append, **{**settings, **changes})
     return said
 
 

@@ -1,7 +1,8 @@
 """Noise schedules: log-SNR as a function of time t in [0, 1], from clean (t = 0) to noise (t = 1).
 
 Every schedule is clipped to [log_snr_min, log_snr_max], so t = 0 and t = 1 are legal inputs of everything downstream.
-The native times of ve (sigma^2) and edm (sigma) are divided by their ends, sigma_max^2 and sigma_max.
+The native times of ve (sigma^2) and edm (sigma) are divided by their ends, sigma_max^2 and sigma_max. Equal steps of
+karras are the noise levels that EDM's samplers take (rho = 7): sigma^(1/7) is linear in t between its bounds.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from diffdistill.diffusion.process import ve_sigma
 VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021, as in Karras et al. 2022, table 1
 VE_SIGMA_MAX = 100.0
 EDM_SIGMA_MAX = 80.0
+KARRAS_RHO = 7.0
 
 
 def _every_sigma(s: ArrayLike) -> Array:
@@ -162,6 +164,16 @@ def _edm(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedu
     return Schedule("edm", log_snr)
 
 
+def _karras(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedule:
+    low, high = (float(np.exp(-0.5 * bound / KARRAS_RHO)) for bound in (log_snr_max, log_snr_min))
+
+    def log_snr(t: ArrayLike) -> Array:
+        root = low + jnp.asarray(t, dtype=float) * (high - low)
+        return jnp.clip(-2.0 * KARRAS_RHO * jnp.log(root), log_snr_min, log_snr_max)
+
+    return Schedule("karras", log_snr)
+
+
 SCHEDULES: dict[str, Callable[[float, float, int], Schedule]] = {
     "cosine": _cosine,
     "discrete_linear": _discrete_linear,
@@ -169,6 +181,7 @@ SCHEDULES: dict[str, Callable[[float, float, int], Schedule]] = {
     "vp": _vp,
     "ve": _ve,
     "edm": _edm,
+    "karras": _karras,
 }
 
 

@@ -20,6 +20,7 @@ SAMPLERS: dict[str, Callable[..., Array]] = {
     "churn": heun.churn,
     "ablation": heun.ablation,
 }
+SCHEDULED = ("ddim", "ancestral")  # which step along the schedule's own times, as distillation by halving does
 STOCHASTIC = ("ancestral", "churn")  # whose images depend on more than their initial noise
 _SOLVERS = {"heun": "heun", "churn": "heun"}  # of a fixed second order
 
