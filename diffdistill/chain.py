@@ -174,6 +174,7 @@ def updater_of(stage: Stage) -> Updater:
             anneal=settings.anneal,
             weight_decay=settings.weight_decay,
             gradient_clip=settings.gradient_clip,
+            eps=settings.adam_eps,
             ema_decay=settings.ema_decay,
             ema_ramp=settings.ema_ramp,
             ema_half_life=settings.ema_half_life / settings.batch_size,

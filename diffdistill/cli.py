@@ -289,22 +289,29 @@ def _evaluate(interrupt: Any) -> None:
     from diffdistill.training.mesh import is_main
 
     config = _config()
-    folder = workdir.read(_workdir(config))
-    if any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
-        if config.name != folder.config.name and not FLAGS["config"].present:
-            _fail(
-                f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given "
-                f"are those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
-                EXIT_USAGE,
-            )
-        folder = folder.measured_as(config)
-    source = in_memory(runner.open_data(folder.config)[0])
+    folder = _as_asked(workdir.read(_workdir(config)), config)
+    # An imported model may be compared with published statistics, without any images here.
+    needs_images = folder.has_data or not folder.config.evaluation.reference
+    source = in_memory(runner.open_data(folder.config)[0]) if needs_images else None
     evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=_say)
     costs = list(stage_costs(folder))  # on every process: checkpoints are opened by all together
     if is_main():
         save_overview(folder, source)
         table, page = write_report(folder, costs)
         _say(f"{table}\nReport: {page}")
+
+
+def _as_asked(folder: Any, config: Any) -> Any:
+    """A run, sampled and evaluated as the command line says, where it says anything of a config."""
+    if not any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
+        return folder
+    if config.name != folder.config.name and not FLAGS["config"].present:
+        _fail(
+            f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given are "
+            f"those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
+            EXIT_USAGE,
+        )
+    return folder.measured_as(config)
 
 
 def _evaluate_images(interrupt: Any) -> None:
@@ -384,11 +391,13 @@ def _noise_levels(interrupt: Any) -> None:
 
 def _sample(interrupt: Any) -> None:
     del interrupt
-    from diffdistill import sample_files
+    from diffdistill import sample, sample_files
 
-    path = _workdir(FLAGS.config)  # the run says all else itself
+    config = _config()
+    folder, stage = sample.locate(_workdir(config), FLAGS.stage)
     sample_files.to_files(
-        Path(path) / FLAGS.stage if FLAGS.stage else Path(path),
+        _as_asked(folder, config),
+        stage,
         out=FLAGS.out,
         num=FLAGS.num,
         seed=FLAGS.seed,

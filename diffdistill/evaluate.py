@@ -73,7 +73,7 @@ def default_seed(seed: int) -> int:
 
 def evaluate(
     folder: Workdir,
-    source: Source,
+    source: Source | None,
     interrupt: Interrupt,
     *,
     inception_weights: str = "",
@@ -83,7 +83,7 @@ def evaluate(
 
     Args:
       folder: of a run with at least its teacher finished.
-      source: the run's data.
+      source: the run's data; None where its figures need none.
       interrupt: looked at between two measurements, and within long ones.
       inception_weights: path of the Inception network; empty: the environment variable or the cache.
 

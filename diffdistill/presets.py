@@ -9,6 +9,7 @@ from typing import Any
 
 from diffdistill.diffusion import names
 from diffdistill.diffusion.schedules import VE_SIGMA_MAX
+from diffdistill.samplers.heun import TUNED_CHURN
 from diffdistill.samplers.sigmas import vp_sigma
 
 
@@ -44,6 +45,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "sampling": {"solver": "heun", "discretisation": "edm", "noise_schedule": "linear", "scaling": "none"},
     },
 }
+
+
+def as_published(config: Any, side: int, num_classes: int, name: str) -> None:
+    """Sets sampler and evaluation to those by which the paper's figures of a network were made.
+
+    Args:
+      config: a ConfigDict.
+      side, num_classes: of its images, pixels and classes; 64 and 1000 is ImageNet-64.
+      name: the preset, one of PRESETS.
+    """
+    sampling, evaluation = config.sampling, config.evaluation
+    sampling.sampler, sampling.quantisation = "heun", "edm"
+    evaluation.features, evaluation.guidance = "inception", (0.0,)
+    evaluation.num_steps = (18,) if side <= 32 else (40,)
+    if (side, num_classes) == (64, 1000):
+        sampling.sampler, evaluation.num_steps = "churn", (256,)
+        sampling.update(TUNED_CHURN["imagenet64-edm" if name == "edm" else "imagenet64-adm"])
 
 
 def apply(config: Any, name: str) -> Any:

@@ -301,10 +301,19 @@ def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
       SampleError: the run has no such finished stage.
       CheckpointError: its checkpoint cannot be read.
     """
+    return load_from(*locate(path, stage))
+
+
+def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]:
+    """(the run, the name of its stage) of a workdir or the folder of a stage in it. Raises WorkdirError."""
     folder = Path(path)
     if not stage and not (folder / "config.json").exists() and (folder.parent / "config.json").exists():
         folder, stage = folder.parent, folder.name
-    opened = workdir.read(folder)
+    return workdir.read(folder), stage
+
+
+def load_from(opened: Workdir, stage: str = "") -> Generator:
+    """The same as `load` of an opened run, which may be sampled otherwise than it was to be (Workdir.measured_as)."""
     done = list(runner.finished(opened))
     chosen = [each for each in done if each.name == stage] if stage else done[-1:]
     if not chosen:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from diffdistill import workdir
 from diffdistill.evaluation import images, protocols
-from diffdistill.sample import Generator, SampleError, Samples, load
+from diffdistill.sample import Generator, SampleError, Samples, load_from
 from diffdistill.training import mesh as meshes
+from diffdistill.workdir import Workdir, WorkdirError
 
 
 def to_files(
-    path: str | os.PathLike[str],
+    folder: Workdir,
+    stage: str,
     *,
     out: str,
     num: int,
@@ -42,16 +42,15 @@ def to_files(
     """
     from tqdm import tqdm
 
-    generator = load(path)
+    generator = load_from(folder, stage)
     if quantisation:
         generator = dataclasses.replace(generator, quantisation=quantisation)
-    root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
-    folder = Path(out) if out else root / "samples"
+    place = Path(out) if out else folder.path / "samples"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise workdir.WorkdirError(
-            f"the folder {folder} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
+        raise WorkdirError(
+            f"the folder {place} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
         ) from error
     noise = _read_array("latents", latents) if latents else None
     classes = _read_labels(labels[0]) if len(labels) == 1 and labels[0].endswith(".npy") else list(labels)
@@ -72,11 +71,11 @@ def to_files(
     shown = samples
     if samples.images.dtype != np.uint8:
         shown = dataclasses.replace(samples, images=np.asarray(protocols.quantise(jnp.asarray(samples.images), "edm")))
-    save_grid(folder / "samples.png", shown, generator, max(10, int(np.ceil(np.sqrt(num)))))
-    images.save_npz(folder / "samples.npz", samples.images, samples.labels, samples.seeds)
+    save_grid(place / "samples.png", shown, generator, max(10, int(np.ceil(np.sqrt(num)))))
+    images.save_npz(place / "samples.npz", samples.images, samples.labels, samples.seeds)
     say(
         f"{num} images from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
-        f"{samples.network_evaluations} network evaluations each: {folder / 'samples.png'}, {folder / 'samples.npz'}"
+        f"{samples.network_evaluations} network evaluations each: {place / 'samples.png'}, {place / 'samples.npz'}"
     )
 
 

@@ -78,7 +78,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
         ({"teacher": {"weight": "snr_truncated"}}, ["config.teacher.weight", "'snr_trunc'"]),
         ({"sampling": {"sampler": "dim"}}, ["config.sampling.sampler", "'ddim'"]),
         ({"teacher": {"num_updates": 0}}, ["config.teacher.num_updates", "at least 1"]),
-        ({"teacher": {"label_dropout": 1.5}}, ["config.teacher.label_dropout", "from 0.0 to 1.0"]),
+        ({"teacher": {"label_dropout": 1.5}}, ["config.teacher.label_dropout", "from 0.0 to 0.999"]),
         ({"model": {"channels": 33}}, ["num_groups", "33"]),
         ({"model": {"multipliers": ()}}, ["config.model.multipliers", "empty"]),
         ({"guided": {"num_updates": 5}, "model": {"conditional": False}}, ["guidance needs classes"]),

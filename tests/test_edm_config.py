@@ -1,10 +1,16 @@
 """configs/edm.py: sizes of the networks as published, and the tables of hyper-parameters (spec 03)."""
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 
 from configs import edm
-from diffdistill import chain
+from diffdistill import chain, plan, runner
 from diffdistill.config import Config, resolve
+from diffdistill.samplers.heun import TUNED_CHURN
+from diffdistill.training.interrupt import Interrupt
 
 
 def config(row: str) -> Config:
@@ -41,8 +47,8 @@ def test_networks_have_the_published_number_of_parameters(row, expected):
 
 
 TRAINING = {  # millions of images, batch, rate, ramp and half-life (images), ramp-up, clip, dropout, augmentation, flip
-    "cifar10-cond-ddpmpp-A": (200, 128, 2e-4, 640_000, 890_000, 0.0, 1.0, 0.10, 0.0, True),
-    "cifar10-cond-ncsnpp-A": (200, 128, 2e-4, 640_000, 90_000, 0.0, 1.0, 0.10, 0.0, True),
+    "cifar10-cond-ddpmpp-A": (200, 128, 2e-4, 640_000, 890_000, 0.0, 1 / 3072, 0.10, 0.0, True),
+    "ffhq64-uncond-ncsnpp-A": (200, 128, 2e-4, 640_000, 90_000, 0.0, 1 / 12288, 0.10, 0.0, True),
     "cifar10-uncond-ddpmpp-B": (200, 512, 1e-3, 10_000_000, 500_000, 0.05, 0.0, 0.13, 0.0, True),
     "cifar10-cond-ncsnpp-E": (200, 512, 1e-3, 10_000_000, 500_000, 0.05, 0.0, 0.13, 0.0, True),
     "cifar10-cond-ddpmpp-F": (200, 512, 1e-3, 10_000_000, 500_000, 0.05, 0.0, 0.13, 0.12, False),
@@ -70,6 +76,9 @@ def test_training_is_that_of_the_table(row):
         found.data.flip,
     ) == TRAINING[row]
     assert teacher.non_finite == "replace"
+    # The reference sums over the values of an image, and its Adam adds 1e-8 to gradients that are so much longer.
+    height, width, channels = found.data.image_shape
+    assert teacher.adam_eps * height * width * channels == pytest.approx(1e-8)
     assert bool(found.model.augmentation_features) == bool(teacher.augmentation)
 
 
@@ -78,6 +87,8 @@ DESIGN = {  # multipliers, preconditioning, training noise, loss weight
     "cifar10-cond-ncsnpp-B": ((1, 2, 2, 2), "ve", "ve", "snr"),
     "cifar10-cond-ddpmpp-C": ((2, 2, 2), "vp", "vp", "snr"),
     "cifar10-cond-ncsnpp-D": ((2, 2, 2), "edm", "ve", "snr"),
+    "ffhq64-uncond-ddpmpp-A": ((1, 1, 2, 2, 2), "vp", "vp", "snr"),
+    "afhqv2_64-cond-ddpmpp-D": ((1, 2, 2, 2), "edm", "vp", "snr"),
     "cifar10-cond-ddpmpp-E": ((2, 2, 2), "edm", "lognormal", "edm"),
     "ffhq64-uncond-ddpmpp-B": ((1, 1, 2, 2, 2), "vp", "vp", "snr"),
     "ffhq64-uncond-ddpmpp-C": ((1, 2, 2, 2), "vp", "vp", "snr"),
@@ -106,6 +117,41 @@ def test_sampling_has_the_published_number_of_evaluations():
         assert not found.sampling.clip
         assert samplers.num_evaluations(sampler, found.evaluation.num_steps[0]) == evaluations
     assert config("imagenet64-cond-adm-F").sampling.s_churn == 40
+
+
+def test_tuned_churn_is_that_of_the_paper():
+    """S_churn, S_tmin, S_tmax, S_noise: spec 03."""
+    assert {name: tuple(values.values()) for name, values in TUNED_CHURN.items()} == {
+        "cifar10-vp": (30, 0.01, 1, 1.007),
+        "cifar10-ve": (80, 0.05, 1, 1.007),
+        "imagenet64-adm": (80, 0.05, 50, 1.003),
+        "imagenet64-edm": (40, 0.05, 50, 1.003),
+    }
+    assert all(list(values) == ["s_churn", "s_tmin", "s_tmax", "s_noise"] for values in TUNED_CHURN.values())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*(f"cifar10-cond-ddpmpp-{letter}" for letter in edm.LETTERS), "cifar10-uncond-ncsnpp-A", "ffhq64-uncond-adm-F"],
+)
+def test_the_smoke_variant_of_every_letter_trains(row, tmp_path):
+    run = runner.prepare(config(f"{row}-smoke"), str(tmp_path))
+    runner.train(run, Interrupt(), say=lambda text: None)
+    assert [stage.name for stage in runner.finished(run.workdir)] == ["teacher"]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(losses).all()
+    if row[-1] in "EF":  # EDM's loss weight: an untrained network is at 1 where sigma_data is that of the images
+        assert 0.3 < losses[0] < 3
+
+
+def test_parts_change_neither_operations_nor_the_meaning_of_a_plan():
+    whole = config("cifar10-cond-ddpmpp-F-smoke")
+    parts = dataclasses.replace(whole, teacher=dataclasses.replace(whole.teacher, parts=8))
+    facts = chain.DataFacts((8, 8, 1), 10)
+    flops = [plan.flops_per_update(found, chain.plan(found)[0], facts) for found in (whole, parts)]
+    memory = [plan.memory(found, chain.plan(found)[0], facts) for found in (whole, parts)]
+    assert flops[0] == flops[1] > 0
+    assert memory[1] < memory[0]
 
 
 @pytest.mark.parametrize("row", ["ffhq64-cond-ddpmpp-F", "cifar10-cond-ddpmpp-G", "cifar10", "cifar10-cond-unet-F", ""])

@@ -126,6 +126,28 @@ def test_only_images_of_the_models_shape_are_accepted(published, tmp_path):
         import_model("edm", str(published), str(folder), {})
 
 
+def test_an_imported_model_is_measured_and_sampled_as_published_or_as_asked(published, tmp_path):
+    folder = tmp_path / "run"
+    import_model("edm", str(published), str(folder), {}, say=lambda text: None)
+    opened = workdir.read(folder)
+    assert not opened.has_data
+    assert (opened.config.evaluation.num_steps, opened.config.evaluation.features) == ((18,), "inception")
+    config = f"--config=configs/workdir.py:{folder}"
+    small = ("--config.data.source=digits", "--config.data.channels=3", "--config.evaluation.num_samples=20")
+    domain = ("--config.evaluation.features=domain", "--config.evaluation.num_steps=2")
+    measured = main("--mode=evaluate", config, f"--workdir={folder}", *small, *domain)
+    assert measured.returncode == 0, measured.stderr
+    assert (folder / "evaluation" / "results.jsonl").read_text().count('"sampler": "heun"') > 0
+    sampled = main(
+        "--mode=sample", config, f"--workdir={folder}", "--num=2", "--steps=2", "--config.sampling.sampler=euler"
+    )
+    assert "2 network evaluations each" in sampled.stdout
+    # Times may be chosen, and other images taken, until something is learnt here.
+    for changes in (("--config.process.schedule=cosine",), ("--config.data.flip=True",)):
+        trained = main("--mode=train", config, f"--workdir={folder}", *small, *changes)
+        assert trained.returncode == 0, trained.stderr
+
+
 def test_mistakes_are_one_message(published, tmp_path):
     folder = f"--workdir={tmp_path / 'run'}"
     other = torch_zip.write(tmp_path / "other.pt", {"weight": np.ones((2, 2))})

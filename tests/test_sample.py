@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import diffdistill
-from diffdistill import sample_files
+from diffdistill import sample, sample_files
 from diffdistill.sample import SampleError
 from diffdistill.workdir import WorkdirError
 
@@ -154,7 +154,7 @@ def write(path, out, **changes) -> list[str]:
     said: list[str] = []
     settings = {"num": 4, "seed": 0, "labels": [], "latents": "", "w": 0.0, "num_steps": None, "sampler": None}
     settings["quantisation"] = ""
-    sample_files.to_files(path, out=str(out), say=said.append, **{**settings, **changes})
+    sample_files.to_files(*sample.locate(path), out=str(out), say=said.append, **{**settings, **changes})
     return said
 
 

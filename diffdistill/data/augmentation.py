@@ -150,7 +150,8 @@ def inverse_maps(parameters: Parameters, height: int, width: int) -> jax.Array:
     factor = jnp.exp2(SCALE * parameters.anisotropy)
     mean, half_gap = (factor + 1.0 / factor) / 2.0, (factor - 1.0 / factor) / 2.0
     along, aslant = half_gap * jnp.cos(2.0 * parameters.axis), half_gap * jnp.sin(2.0 * parameters.axis)
-    unstretch = _matrices(mean - along, -aslant, -aslant, mean + along)
+    # The axis lies at -r, r counted from x towards y: with the labels of the published networks it is that one.
+    unstretch = _matrices(mean - along, aslant, aslant, mean + along)
     linear = jnp.einsum("bij,bjk->bik", unrotate, unstretch, precision=_HIGHEST)
     pixels = parameters.translation * TRANSLATION * jnp.array([width, height], jnp.float32)
     return jnp.concatenate([linear, -jnp.einsum("bij,bj->bi", linear, pixels, precision=_HIGHEST)[..., None]], axis=2)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diffdistill.config import EvaluationConfig
-from diffdistill.data.contract import Source
+from diffdistill.data.contract import DataError, Source
 from diffdistill.evaluation import measuring, stream
 from diffdistill.evaluation.measuring import Network
 from diffdistill.evaluation.reference import Reference
@@ -72,7 +72,7 @@ class InceptionJudge:
 
 
 def make(
-    folder: Workdir, source: Source, weights: str, interrupt: Interrupt, say: Callable[[str], Any]
+    folder: Workdir, source: Source | None, weights: str, interrupt: Interrupt, say: Callable[[str], Any]
 ) -> InceptionJudge:
     """Loads the network, and reads or computes the reference statistics.
 
@@ -85,6 +85,8 @@ def make(
         reference = network.read_reference(evaluation.reference, evaluation.reference_protocol)
         cache = folder.path / "evaluation" / "cache"
         reference = network.with_features(reference, evaluation.reference, evaluation.reservoir, cache, interrupt)
+    elif source is None:
+        raise DataError("the reference statistics are to be of the run's own images, but there are none")
     else:
         reference = network.reference_of(
             source, evaluation.reference_images, evaluation.reservoir, folder.path / "evaluation" / "cache", interrupt

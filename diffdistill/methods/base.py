@@ -65,7 +65,7 @@ def from_loss(
     """A method that follows the gradient of one loss ``(params, frozen, batch, key, arguments) -> (loss, metrics)``.
 
     parts: number of equal parts of a batch whose gradients are taken one after the other and averaged: memory of one
-    part, and the gradient of the whole batch.
+    part, and the gradient of the whole batch, each part with random draws of its own.
     """
 
     def step(

@@ -71,7 +71,8 @@ def _vp(sigma_min: float, sigma_max: float, rho: float) -> Sigmas:
 
 def _iddpm(sigma_min: float, sigma_max: float, rho: float) -> Sigmas:
     table = _IDDPM_SIGMAS
-    inside = np.flatnonzero((table >= sigma_min) & (table <= sigma_max))
+    # The ends of a schedule went through a float32 logarithm.
+    inside = np.flatnonzero((table >= sigma_min * (1.0 - 1e-5)) & (table <= sigma_max * (1.0 + 1e-5)))
     if not inside.size:
         raise ValueError(
             f"sigma_min={sigma_min:g} and sigma_max={sigma_max:g}: the iddpm discretisation has no noise level between "

@@ -18,7 +18,7 @@ from diffdistill.weights.persistent import Record
 # Preconditioning by class: our name, what it lets one choose and the only values that are built here.
 _PRECONDITIONERS: dict[str, tuple[str, dict[str, float]]] = {
     "EDMPrecond": ("edm", {}),
-    "VPPrecond": ("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000}),
+    "VPPrecond": ("vp", {"beta_d": 19.9, "beta_min": 0.1, "M": 1000, "epsilon_t": 1e-5}),
     "VEPrecond": ("ve", {}),
     "iDDPMPrecond": ("iddpm", {"C_1": 0.001, "C_2": 0.008, "M": 1000}),
 }
@@ -70,6 +70,7 @@ def _import(path: Path, ema: Any) -> ImportedModel:
     if prediction == "iddpm":
         # The second half of the outputs is the variance of Nichol & Dhariwal 2021, which no sampler here reads.
         tensors |= {name: tensors[name][:channels] for name in (f"{last}.weight", f"{last}.bias") if name in tensors}
+    own = {"sigma_data": float(ema.attribute("sigma_data", (int, float)))} if prediction == "edm" else {}
     num_classes = ema.attribute("label_dim", int)
     network = architectures.build(**model, output_channels=channels, num_classes=num_classes)
     image_shape = (size, size, channels)
@@ -81,12 +82,13 @@ def _import(path: Path, ema: Any) -> ImportedModel:
         network=network,
         params=params,
         prediction=prediction,
-        prediction_settings={"sigma_data": ema.attribute("sigma_data", float)} if prediction == "edm" else {},
+        prediction_settings=own,
         image_shape=image_shape,
         num_classes=num_classes,
         sigma_min=float(ema.attribute("sigma_min", (int, float))),
         sigma_max=float(ema.attribute("sigma_max", (int, float))),
         dropout=_dropout(module),
+        label_dropout=float(module.state.get("label_dropout") or 0.0),
     )
 
 

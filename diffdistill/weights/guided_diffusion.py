@@ -41,7 +41,10 @@ def read(path: Path, *, image_size: int = 0) -> ImportedModel:
     """
     content = torch_file.read_state_dict(path)
     try:
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
+        other = sorted(str(name) for name, value in content.items() if not isinstance(value, np.ndarray))
+        if other:
+            raise WeightsError(f"its entries {', '.join(other[:5])} are no tensors; save the state dict alone")
+        tensors = {str(name): value for name, value in content.items()}
         return _import(path, tensors, image_size)
     except WeightsError as error:
         raise WeightsError(f"{path} is refused: {error}.") from error
@@ -49,11 +52,12 @@ def read(path: Path, *, image_size: int = 0) -> ImportedModel:
 
 def _import(path: Path, tensors: Tensors, image_size: int) -> ImportedModel:
     levels, count = _stack(tensors)
-    size = image_size or LOWEST_RESOLUTION << levels - 1
-    if size > 64:
+    native = LOWEST_RESOLUTION << levels - 1
+    size = image_size or native
+    if max(size, native) > 64:
         raise WeightsError(
-            f"its network has {levels} levels and so takes images of {size} pixels; of this family only that of 64 is "
-            "on the cosine schedule and supported"
+            f"its network has {levels} levels, as those for images of {native} pixels; of this family only that of 64 "
+            "is on the cosine schedule and supported"
         )
     model, modules = _settings(tensors, levels, count, size), _modules(tensors, levels, count)
     channels = _shape(tensors, "input_blocks.0.0.weight")[1]

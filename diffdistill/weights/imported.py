@@ -39,7 +39,7 @@ class ImportedModel:
       image_shape: (H, W, C).
       num_classes: 0 for an unconditional model.
       sigma_min, sigma_max: noise levels sigma/alpha that the network was made for.
-      dropout: that it was trained with; 0 where the file does not say.
+      dropout, label_dropout: that it was trained with; 0 where the file does not say.
       num_steps: sampler steps that it was distilled to; 0 where it is tied to none.
     """
 
@@ -55,6 +55,7 @@ class ImportedModel:
     sigma_min: float
     sigma_max: float
     dropout: float = 0.0
+    label_dropout: float = 0.0
     num_steps: int = 0
 
 
@@ -115,6 +116,8 @@ def convert(
                 raise WeightsError(f"its tensor {name} has shape {value.shape}, but 3 x {shape[-1]} rows are needed")
             heads = arguments.heads_of(network, shape[-1])  # type: ignore[arg-type]
             value = split(value, heads, _QKV.index(layer))
+        if not np.isfinite(value).all():
+            raise WeightsError(f"its tensor {name} holds a NaN or an infinity")
         value = _transposed(value, len(shape)) if leaf == "kernel" else value
         if value.shape != shape:
             raise WeightsError(

@@ -8,7 +8,6 @@ tensors are known (weights.torch_file), and any other name is refused before any
 from __future__ import annotations
 
 import io
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError, torch_file
 
 
@@ -50,8 +50,17 @@ class Record:
             raise WeightsError(f"its {self.class_name} has no submodule {name!r}")
         return found
 
-    def tensors(self, prefix: str = "") -> dict[str, NDArray[Any]]:
-        """All parameters and buffers below this module by their names in torch, such as "enc.32x32_conv.weight"."""
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """All parameters and buffers below this module by their names in torch, such as "enc.32x32_conv.weight".
+
+        Raises WeightsError where a module stands in two places: a small file could name millions of them so.
+        """
+        return self._tensors("", set())
+
+    def _tensors(self, prefix: str, seen: set[int]) -> dict[str, NDArray[Any]]:
+        if id(self) in seen:
+            raise WeightsError(f"its module {prefix.rstrip('.')} stands in another place too")
+        seen.add(id(self))
         found: dict[str, NDArray[Any]] = {}
         for kind in ("_parameters", "_buffers"):
             for name, value in dict(self.state.get(kind) or {}).items():
@@ -61,7 +70,7 @@ class Record:
                     raise WeightsError(f"its {prefix}{name} is no tensor")
         for name, module in dict(self.state.get("_modules") or {}).items():
             if isinstance(module, Record):
-                found |= module.tensors(f"{prefix}{name}.")
+                found |= module._tensors(f"{prefix}{name}.", seen)
         return found
 
 
@@ -102,11 +111,9 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in _KNOWN:
-            raise WeightsError(f"it names {module_name}.{global_name}, which has no place in a file of weights")
-        return _KNOWN[module_name, global_name]
+class _Unpickler(unpickling.Unpickler):
+    known = _KNOWN
+    stateful = (Record, OrderedDict)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -118,6 +125,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             content = _Unpickler(file).load()
+    except unpickling.Refused as error:
+        raise WeightsError(f"{path} is refused: it {error}.") from error
     except WeightsError as error:
         raise WeightsError(f"{path} is refused: {error}.") from error
     except OSError as error:

@@ -31,7 +31,7 @@ def read(path: Path, *, image_size: int = 0, prediction: str = "") -> ImportedMo
     """
     content = _restore(path)
     try:
-        averaged = content.get("ema_params", content.get("params"))
+        averaged = content.get("ema_params") or content.get("params")
         if not isinstance(averaged, Mapping):
             raise WeightsError(
                 f"it has no entry 'ema_params', only {', '.join(sorted(map(str, content))) or 'nothing'}"
@@ -128,6 +128,8 @@ def _parameters(tensors: Tensors, network: Network, image_shape: tuple[int, int,
         # Heads and their channels stand apart there, and old releases of flax kept scales as (1, 1, 1, C).
         if value.size != math.prod(shape):
             raise WeightsError(f"its tensor {name} has shape {value.shape}, which does not fit {shape} of the network")
+        if not np.isfinite(value).all():
+            raise WeightsError(f"its tensor {name} holds a NaN or an infinity")
         params[name] = np.asarray(value, np.float32).reshape(shape)
     for name in sorted(set(tensors) - set(shapes)):
         raise WeightsError(f"it has the tensor {name} {tensors[name].shape}, for which the network has no place")

@@ -99,9 +99,9 @@ def test_edm_coefficients_against_golden_values():
         log_snr = process.log_snr_from_ve_sigma(jnp.float32(s))
         one = jnp.ones((1, 1, 1, 1))
         z = process.ve_to_vp(one, log_snr)
-        assert float(edm.to_x(0 * one, z, log_snr).squeeze()) == pytest.approx(c_skip, rel=3e-6)
-        assert float(edm.to_x(one, 0 * z, log_snr).squeeze()) == pytest.approx(c_out, rel=3e-6)
-        assert float(edm.network_input(z, log_snr).squeeze()) == pytest.approx(c_in, rel=3e-6)
+        assert float(edm.to_x(0 * one, z, log_snr).squeeze()) == pytest.approx(c_skip, rel=1e-6)
+        assert float(edm.to_x(one, 0 * z, log_snr).squeeze()) == pytest.approx(c_out, rel=1e-6)
+        assert float(edm.network_input(z, log_snr).squeeze()) == pytest.approx(c_in, rel=1e-6)
         assert float(edm.network_time(log_snr)) == pytest.approx(c_noise, rel=1e-6, abs=1e-7)
 
 

@@ -98,7 +98,7 @@ def test_loss_weights(s):
     log_snr = process.log_snr_from_ve_sigma(jnp.float32(s))
     assert float(weighting.get("snr")(log_snr)) == pytest.approx(1 / s**2, rel=2e-6)
     golden = {0.002: 250004, 0.5: 8, 1.0: 5, 80.0: 4.0001562}[s]
-    assert float(weighting.get("edm")(log_snr)) == pytest.approx(golden, rel=3e-6)
+    assert float(weighting.get("edm")(log_snr)) == pytest.approx(golden, rel=1e-6)
 
 
 @pytest.mark.parametrize(

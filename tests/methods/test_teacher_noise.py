@@ -113,3 +113,43 @@ def test_the_config_says_the_deviation_of_the_data():
     assert float(denoiser.parameterisation.network_input(z, log_snr).squeeze()) == pytest.approx(expected, rel=1e-6)
     assert float(chain.weight_of(config.model, "edm")(0.0)) == pytest.approx(1 + 1 / 0.2**2, rel=1e-6)
     assert float(chain.weight_of(config.model, "snr")(0.0)) == 1.0
+
+
+class Told(nn.Module):
+    """Says the first entry of what it is told of the augmentation, everywhere."""
+
+    num_classes: int = 0
+    output_channels: int = 1
+    guidance_embedding: str = "none"
+    augmentation_features: int = 2
+
+    @nn.compact
+    def __call__(self, inputs, time, label=None, guidance=None, *, augmentation=None, deterministic=True):
+        told = self.param("scale", nn.initializers.ones, ()) * augmentation[:, 0]
+        return jnp.broadcast_to(process.expand(told, inputs), inputs.shape)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_teacher_learns_the_augmented_image_and_is_told_what_was_done(parts):
+    """A network that repeats what it is told is right about images that are filled with it, and about no others."""
+    keys = []
+
+    def augment(key, x):
+        keys.append(key)
+        value = jax.random.uniform(key, (x.shape[0],))
+        return jnp.broadcast_to(process.expand(value, x), x.shape), jnp.stack([value, value], axis=1)
+
+    model = Denoiser(Told(), parameterisation.get("x"), 0, (4, 4, 1))
+    x = jax.random.normal(jax.random.key(1), (8, 4, 4, 1))
+
+    def loss(augment):
+        method = teacher(
+            model, schedules.get("cosine"), weighting.get("constant"), UPDATER, augment=augment, parts=parts
+        )
+        return method.step(method.init(jax.random.key(0), {}), {}, {"image": x}, jax.random.key(0), ARGUMENTS)[1][
+            "loss"
+        ]
+
+    assert float(loss(augment)) == 0.0
+    assert float(loss(lambda key, x: (x, augment(key, x)[1]))) > 0.5
+    assert len(keys) == 2

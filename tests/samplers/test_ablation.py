@@ -45,6 +45,27 @@ def test_golden_ends_of_the_ablation(choice):
     assert ablation(*choice)(18) == pytest.approx(ABLATIONS[choice], abs=1e-5)
 
 
+def test_the_iddpm_preset_reaches_its_golden_end_on_its_own_levels():
+    """A discrete process, whose least level u_999 is the last that is visited."""
+    schedule = schedules.get("discrete_cosine", log_snr_min=-20.0, log_snr_max=20.0, num_train_steps=1000)
+    low, high = sigmas.sigma_range(schedule, "iddpm", 0.0, 0.0)
+    levels = sigmas.DISCRETISATIONS["iddpm"].make(low, high, 7.0)
+    last = [float(levels(jnp.int32(i), jnp.int32(18))) for i in (0, 16, 17)]
+    assert last == pytest.approx([80.2037, 0.104037, 0.00642541], rel=1e-5)
+    found = heun.ablation(
+        gaussian,
+        jnp.ones((1, 1, 1, 1)),
+        schedule,
+        18,
+        clip=False,
+        solver="euler",
+        discretisation="iddpm",
+        noise_schedule="linear",
+        scaling="none",
+    )
+    assert float(found.squeeze()) == pytest.approx(0.4571431, abs=1e-5)
+
+
 def reference(solver, discretisation, noise_schedule, scaling, num_steps, alpha=1.0):
     """The same in float64 with s(t), its derivative and the ODE of spec 03 written out."""
     ranges = {"vp": (np.sqrt(np.expm1(0.5 * 19.9e-6 + 1e-4)), np.sqrt(np.expm1(10.05))), "ve": (0.02, 100.0)}

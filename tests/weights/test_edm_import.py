@@ -265,6 +265,24 @@ def test_a_truncated_file_is_refused(write):
         import_weights("edm", path)
 
 
+def test_the_source_that_a_file_is_of_is_named(tmp_path, write):
+    path = write("skip-skip")
+    with pytest.raises(WeightsError, match=r"By its first bytes it is one for --source=edm\.$"):
+        import_weights("progressive", path)
+    with pytest.raises(WeightsError, match="is an address; download the file first"):
+        import_weights("edm", "https://example.org/edm.pkl")
+    with pytest.raises(WeightsError, match="files of edm say their image_size themselves"):
+        import_weights("edm", path, image_size=32)
+
+
+def test_weights_that_are_not_finite_are_refused(write):
+    def spoil(facts, tensors):
+        tensors["dec.8x8_aux_norm.bias"][0] = np.nan
+
+    with pytest.raises(WeightsError, match=r"dec.8x8_aux_norm.bias holds a NaN"):
+        import_weights("edm", write("ddpmpp-cond", spoil))
+
+
 def test_a_missing_file_and_an_unknown_source_are_named(tmp_path):
     with pytest.raises(WeightsError, match=r"none.pkl cannot be read"):
         import_weights("edm", tmp_path / "none.pkl")
