@@ -130,10 +130,10 @@ def test_tuned_churn_is_that_of_the_paper():
     assert all(list(values) == ["s_churn", "s_tmin", "s_tmax", "s_noise"] for values in TUNED_CHURN.values())
 
 
-@pytest.mark.parametrize(
-    "row",
-    [*(f"cifar10-cond-ddpmpp-{letter}" for letter in edm.LETTERS), "cifar10-uncond-ncsnpp-A", "ffhq64-uncond-adm-F"],
-)
+SMOKE = (*(f"cifar10-cond-ddpmpp-{letter}" for letter in edm.LETTERS), "cifar10-uncond-ncsnpp-A", "ffhq64-uncond-adm-F")
+
+
+@pytest.mark.parametrize("row", SMOKE)
 def test_the_smoke_variant_of_every_letter_trains(row, tmp_path):
     run = runner.prepare(config(f"{row}-smoke"), str(tmp_path))
     runner.train(run, Interrupt(), say=lambda text: None)
