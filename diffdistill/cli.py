@@ -37,7 +37,8 @@ def define_flags() -> None:
         "images -> ArrayRecord (--config.data.image_size and --config.data.channels convert). statistics: of the "
         "images of --config.data, for later evaluations. table: published figures beside measured ones. "
         "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
-        "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data.",
+        "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
+        "how fast the teacher trains here.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -65,7 +66,8 @@ def define_flags() -> None:
         "out",
         "",
         "sample: folder for samples.png and samples.npz (default <workdir>/samples). statistics: the .npz file to "
-        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl.",
+        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl. benchmark: "
+        "file to which records are appended.",
     )
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
@@ -382,6 +384,18 @@ def _import(interrupt: Any, paths: Sequence[str] = ()) -> None:
     import_model(FLAGS.source, paths[0], folder, options, say=_say)
 
 
+def _benchmark(interrupt: Any) -> None:
+    del interrupt
+    import json
+
+    from diffdistill import benchmark
+
+    records = benchmark.run(_config(), _say)
+    if FLAGS.out:
+        with open(FLAGS.out, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def _noise_levels(interrupt: Any) -> None:
     del interrupt
     from diffdistill import noise_levels, runner
@@ -445,6 +459,7 @@ MODES: dict[str, Callable[[Any], None]] = {
     "fetch-weights": _fetch_weights,
     "import": _import,
     "noise-levels": _noise_levels,
+    "benchmark": _benchmark,
 }
 
 

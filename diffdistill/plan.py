@@ -34,7 +34,7 @@ def summary(run: runner.Run) -> str:
 
 def describe(config: Config) -> str:
     """The resolved config, every tensor, and the stages with their parameters, FLOPs and memory. Trains nothing."""
-    facts, images = _data(config)
+    facts, images = data_facts(config)
     stages = chain.plan(config)
     lines = [json.dumps(configs.to_dict(config), indent=2), ""]
     lines += [f"parameters of {stages[-1].name}:", _tensors(config, stages[-1], facts), ""]
@@ -71,7 +71,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _data(config: Config) -> tuple[DataFacts, str]:
+def data_facts(config: Config) -> tuple[DataFacts, str]:
     """Shape and classes of the images: of the data, or, before there is a path, what the config is made for."""
     data = config.data
     if data.source == "digits" or data.path or len(data.image_shape) != 3:
