@@ -50,3 +50,4 @@ def _edm(config: Any) -> None:
     config.process.log_snr_min, config.process.log_snr_max = -4.53, 6.763  # sigma from 0.034 to 9.63
     config.sampling.sampler = "heun"
     config.evaluation.samplers, config.evaluation.num_steps = ("ddim", "euler", "heun"), (1, 2, 4, 8, 18)
+    config.evaluation.guidance = (0.0, 1.0)
