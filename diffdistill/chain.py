@@ -6,7 +6,7 @@ A plan is a tuple of :class:`Stage`. Adding a distillation method means one file
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffdistill.config import (
     ModelConfig,
     OptimizationConfig,
     ProcessConfig,
+    ProgressiveConfig,
     TeacherConfig,
 )
 from diffdistill.data import augmentation
@@ -40,7 +41,7 @@ class Stage:
 
     Attributes:
       name: also its folder in the workdir.
-      method: teacher, guided or progressive.
+      method: teacher, guided, progressive or stochastic; also the name of its part of the config.
       teacher: the name of the earlier stage that it learns from; empty for a stage that learns from data alone.
       num_steps: sampler steps of the student; 0 where the model is not tied to a number of steps.
       num_updates, settings: its length and its part of the config.
@@ -66,28 +67,36 @@ class DataFacts:
 
 
 def plan(config: Config) -> tuple[Stage, ...]:
-    """The stages of a config: teacher, then the guided student where asked for, then the rounds of halving."""
+    """The stages of a config: teacher, the guided student where asked for, then the rounds of both kinds of halving."""
     stages = [Stage("teacher", "teacher", "", 0, config.teacher.num_updates, config.teacher, False)]
     guided = config.guided.num_updates > 0
     if guided:
         stages.append(Stage("guided", "guided", "teacher", 0, config.guided.num_updates, config.guided, True))
-    progressive = config.progressive
-    if progressive.num_updates > 0:
-        num_steps = progressive.start_steps // 2
-        for index in range((progressive.start_steps // progressive.end_steps).bit_length() - 1):
-            updates = progressive.num_updates
-            if num_steps <= 2 and progressive.final_num_updates:
-                updates = progressive.final_num_updates
-            name = f"round_{index:02d}_steps_{num_steps:04d}"
-            stages.append(Stage(name, "progressive", stages[-1].name, num_steps, updates, progressive, guided))
-            num_steps //= 2
+    first = stages[-1].name
+    stages += _rounds("round", "progressive", config.progressive, first, guided)
+    stages += _rounds("stochastic", "stochastic", config.stochastic, first, guided)
     return tuple(stages)
+
+
+def _rounds(prefix: str, method: str, settings: ProgressiveConfig, teacher: str, guided: bool) -> Iterator[Stage]:
+    if not settings.num_updates:
+        return
+    num_steps = settings.start_steps // 2
+    for index in range((settings.start_steps // settings.end_steps).bit_length() - 1):
+        updates = settings.num_updates
+        if num_steps <= 2 and settings.final_num_updates:
+            updates = settings.final_num_updates
+        name = f"{prefix}_{index:02d}_steps_{num_steps:04d}"
+        yield Stage(name, method, teacher, num_steps, updates, settings, guided)
+        teacher = name
+        num_steps //= 2
 
 
 def full_steps(config: Config) -> int:
     """The number of steps at which models that are tied to none (teacher, guided student) count as sampled in full."""
-    if config.progressive.num_updates > 0:
-        return config.progressive.start_steps
+    for settings in (config.progressive, config.stochastic):
+        if settings.num_updates > 0:
+            return settings.start_steps
     return max(config.evaluation.num_steps, default=256)
 
 
@@ -214,6 +223,7 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
         return distillation(
             denoiser, teacher_network, schedule, weight, updater, w_min=settings.w_min, w_max=settings.w_max, **common
         )
+    common["stochastic"] = stage.method == "stochastic"
     return halving(denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common)
 
 

@@ -14,8 +14,11 @@ from diffdistill.fields import ConfigError
 from diffdistill.models import architectures, song_unet
 from diffdistill.samplers import SAMPLERS, heun, sigmas
 
+STAGES = ("teacher", "guided", "progressive", "stochastic")
+HALVINGS = ("progressive", "stochastic")
+
 if TYPE_CHECKING:
-    from diffdistill.config import Config, ModelConfig, OptimizationConfig
+    from diffdistill.config import Config, ModelConfig, OptimizationConfig, ProgressiveConfig
 
 
 def check(config: Config) -> None:
@@ -45,7 +48,7 @@ def _check_names(config: Config) -> None:
     fields.one_of("config.sampling.noise_schedule", config.sampling.noise_schedule, list(sigmas.PATHS))
     fields.one_of("config.sampling.scaling", config.sampling.scaling, list(sigmas.SCALINGS))
     fields.one_of("config.teacher.noise", config.teacher.noise, ["schedule", *noise.NOISES])
-    for name in ("teacher", "guided", "progressive"):
+    for name in STAGES:
         stage: OptimizationConfig = getattr(config, name)
         fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
 
@@ -72,7 +75,7 @@ def _check_ranges(config: Config) -> None:
             bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise ConfigError(f"{where} is {value!r}, but must be {bound}.")
 
-    for name in ("teacher", "guided", "progressive"):
+    for name in STAGES:
         stage: OptimizationConfig = getattr(config, name)
         where = f"config.{name}"
         least(f"{where}.num_updates", stage.num_updates, 1 if name == "teacher" else 0)
@@ -88,7 +91,8 @@ def _check_ranges(config: Config) -> None:
         least(f"{where}.ema_decay", stage.ema_decay, 0.0, 0.999999)
     least("config.teacher.augmentation", config.teacher.augmentation, 0.0, 1.0)
     least("config.teacher.label_dropout", config.teacher.label_dropout, 0.0, 0.999)
-    least("config.progressive.final_num_updates", config.progressive.final_num_updates, 0)
+    for name in HALVINGS:
+        least(f"config.{name}.final_num_updates", getattr(config, name).final_num_updates, 0)
     least("config.process.num_train_steps", config.process.num_train_steps, 2)
     for name in ("log_every", "save_every", "keep"):
         least(f"config.training.{name}", getattr(config.training, name), 1)
@@ -148,8 +152,8 @@ def _check_ranges(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
-    model, guided, progressive = config.model, config.guided, config.progressive
-    for name in ("teacher", "guided", "progressive"):
+    model, guided = config.model, config.guided
+    for name in STAGES:
         _check_stage(f"config.{name}", getattr(config, name))
     if not model.multipliers:
         raise ConfigError("config.model.multipliers is empty: it needs one entry per resolution, such as (1, 2).")
@@ -178,8 +182,9 @@ def _check_combinations(config: Config) -> None:
             )
         if guided.w_min > guided.w_max:
             raise ConfigError(f"config.guided.w_min ({guided.w_min}) is above config.guided.w_max ({guided.w_max}).")
-    if progressive.num_updates:
-        _check_halving(config)
+    for name in HALVINGS:
+        if getattr(config, name).num_updates:
+            _check_halving(config, name)
     if config.data.source == "digits" and config.data.path:
         raise ConfigError(
             f"config.data.path is {config.data.path!r}, but the digits are embedded in the package. "
@@ -203,24 +208,25 @@ def _check_stage(where: str, stage: OptimizationConfig) -> None:
         raise ConfigError(f"{where}.ema_ramp_ratio bounds {where}.ema_half_life, which is 0: set both or none.")
 
 
-def _check_halving(config: Config) -> None:
-    start, end = config.progressive.start_steps, config.progressive.end_steps
+def _check_halving(config: Config, name: str) -> None:
+    stage: ProgressiveConfig = getattr(config, name)
+    start, end = stage.start_steps, stage.end_steps
     ratio = start // end if end > 0 and start % end == 0 else 0
     if end < 1 or ratio < 2 or ratio & (ratio - 1):
         raise ConfigError(
-            f"config.progressive.start_steps ({start}) must be end_steps ({end}) doubled once or more, such as "
+            f"config.{name}.start_steps ({start}) must be end_steps ({end}) doubled once or more, such as "
             "1024 and 1: every round halves the number of steps."
         )
     discrete = config.process.schedule.startswith("discrete")
     if discrete and config.process.num_train_steps % start:
         raise ConfigError(
             f"config.process.num_train_steps ({config.process.num_train_steps}) is not a multiple of "
-            f"config.progressive.start_steps ({start}): the times of the sampler would not be times of the teacher."
+            f"config.{name}.start_steps ({start}): the times of the sampler would not be times of the teacher."
         )
-    at_noise = float(weighting.get(config.progressive.weight)(config.process.log_snr_min))
+    at_noise = float(weighting.get(stage.weight)(config.process.log_snr_min))
     if at_noise < 1e-3:
         raise ConfigError(
-            f"config.progressive.weight={config.progressive.weight!r} is {at_noise:.2g} at t = 1, where every student "
+            f"config.{name}.weight={stage.weight!r} is {at_noise:.2g} at t = 1, where every student "
             "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
             "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
         )
@@ -228,6 +234,5 @@ def _check_halving(config: Config) -> None:
         raise ConfigError(
             f"config.model.prediction={config.model.prediction!r} cannot be distilled progressively: the network "
             "predicts the noise, and towards zero signal-to-noise this no longer determines x (Salimans & Ho 2022, "
-            "section 4). Use 'v', 'x', 'both' or 'edm', or set config.progressive.num_updates=0 to train the teacher "
-            "alone."
+            f"section 4). Use 'v', 'x', 'both' or 'edm', or set config.{name}.num_updates=0 to train the teacher alone."
         )

@@ -49,7 +49,7 @@ def save_overview(folder: Workdir, source: Source | None) -> Path | None:
     if not weights or folder.facts.num_classes > 20:
         return None
     w, full = weights[len(weights) // 2], chain.full_steps(folder.config)
-    samplers = ("ddim", *(folder.config.evaluation.samplers or (folder.config.sampling.sampler,)))
+    samplers = ("ddim", "stochastic", *(folder.config.evaluation.samplers or (folder.config.sampling.sampler,)))
     rows: list[tuple[str, np.ndarray]] = []
     for stage in chain.plan(folder.config):
         num_steps = full if stage.name == "teacher" else stage.num_steps
@@ -61,7 +61,7 @@ def save_overview(folder: Workdir, source: Source | None) -> Path | None:
                 name = (
                     f"teacher, {num_steps} steps"
                     if stage.name == "teacher"
-                    else f"student, {tables.steps_text(num_steps)}"
+                    else f"{'stochastic ' * (stage.method == 'stochastic')}student, {tables.steps_text(num_steps)}"
                 )
                 rows.append((name, kept["images"][first]))
     if not rows:

@@ -284,7 +284,9 @@ def _compiled(
 
 
 def samplers_for(stage: Stage, wanted: Sequence[str]) -> tuple[str, ...]:
-    """Those of the samplers `wanted` that suit a stage; a round of halving has learnt the steps of DDIM alone."""
+    """Those of the samplers `wanted` that suit a stage; a round of halving has learnt the steps of one sampler."""
+    if stage.method == "stochastic":
+        return ("stochastic",)
     suitable = tuple(name for name in wanted if not stage.num_steps or name in samplers.SCHEDULED)
     return suitable or ("ddim",)
 

@@ -24,8 +24,8 @@ _METHODS: dict[str, Callable[[Record], bool]] = {
     "teacher": lambda record: record.get("method") == "teacher",
     "ddim": lambda record: record.get("method") == "teacher" and record.get("sampler") == "ddim",
     "progressive": lambda record: record.get("method") == "progressive" and not record.get("guidance_range"),
-    "guided_distilled": lambda record: record.get("method") == "progressive" and _width(record) > 0,
-    "single_w": lambda record: record.get("method") == "progressive" and _width(record) == 0,
+    "guided_distilled": lambda record: record.get("method") in ("progressive", "stochastic") and _width(record) > 0,
+    "single_w": lambda record: record.get("method") in ("progressive", "stochastic") and _width(record) == 0,
     "disback": lambda record: record.get("method") == "disback",
     "diff_instruct": lambda record: record.get("method") == "diff_instruct",
 }

@@ -45,9 +45,9 @@ METRICS = {
 }
 DOMAIN = ("frechet_to_data", "frechet_to_teacher")
 NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
-DISTILLED = "distilled students"
+DISTILLED, STOCHASTIC = "distilled students", "stochastic students"
 _SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler"}
-_ROUND = re.compile(r"round_\d+_steps_(\d+)")
+_ROUND = re.compile(r"(round|stochastic)_\d+_steps_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def arrange(results: Iterable[Entry]) -> dict[Weight, list[Block]]:
     many_samplers = len({entry.get("sampler") for entry in results}) > 1
     cells: dict[Weight, dict[str, dict[str, dict[int, dict[Any, Any]]]]] = {}
     for entry in results:
-        named = many_samplers or entry["stage"] == "teacher"
+        named = (many_samplers or entry["stage"] == "teacher") and entry.get("sampler") != "stochastic"
         label = row_label(entry["stage"], int(entry["num_steps"]), entry.get("sampler") if named else None)
         row = cells.setdefault(_weight(entry), {}).setdefault(entry["metric"], {}).setdefault(label, {})
         kind = tuple(entry.get(name) for name in ("params_hash", "protocol", "num_samples"))
@@ -125,7 +125,8 @@ def row_label(stage: str, num_steps: int, sampler: str | None = None) -> str:
     """teacher, guided student, distilled students (a round at its own number of steps), or the stage's name."""
     match = _ROUND.fullmatch(stage)
     if match:
-        base = DISTILLED if int(match[1]) == num_steps else stage
+        students = DISTILLED if match[1] == "round" else STOCHASTIC
+        base = students if int(match[2]) == num_steps else stage
     else:
         base = {"guided": "guided student"}.get(stage, stage)
     return f"{base} ({_SAMPLERS.get(sampler, sampler)})" if sampler else base
@@ -267,7 +268,7 @@ def _weight(entry: Entry) -> Weight:
 
 
 def _rank(label: str) -> tuple[int, str]:
-    for rank, start in enumerate(("teacher", "guided student", DISTILLED)):
+    for rank, start in enumerate(("teacher", "guided student", DISTILLED, STOCHASTIC)):
         if label.startswith(start):
             return rank, label
-    return 3, label
+    return 4, label

@@ -10,18 +10,19 @@ from typing import Any
 from jax import Array
 
 from diffdistill.diffusion import names
-from diffdistill.samplers import ancestral, ddim, heun
+from diffdistill.samplers import ancestral, ddim, heun, stochastic
 
 SAMPLERS: dict[str, Callable[..., Array]] = {
     "ddim": ddim.sample,
     "ancestral": ancestral.sample,
+    "stochastic": stochastic.sample,
     "euler": heun.euler,
     "heun": heun.sample,
     "churn": heun.churn,
     "ablation": heun.ablation,
 }
 SCHEDULED = ("ddim", "ancestral")  # which step along the schedule's own times, as distillation by halving does
-STOCHASTIC = ("ancestral", "churn")  # whose images depend on more than their initial noise
+STOCHASTIC = ("ancestral", "stochastic", "churn")  # whose images depend on more than their initial noise
 _SOLVERS = {"heun": "heun", "churn": "heun"}  # of a fixed second order
 
 

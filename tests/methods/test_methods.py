@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.diffusion import parameterisation, process, schedules, weighting
 from diffdistill.methods import base
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
@@ -120,6 +120,50 @@ def test_the_loss_of_a_round_is_the_distance_to_the_target_of_the_samplers(batch
     x_hat = model(params, z, SCHEDULE.log_snr(t), Condition())
     losses = weighting.get("snr_trunc")(SCHEDULE.log_snr(t)) * jnp.mean(jnp.square(x_hat - target), axis=(1, 2, 3))
     np.testing.assert_allclose(metrics["loss"], jnp.mean(losses), rtol=1e-3)
+
+
+def test_a_student_of_the_stochastic_sampler_steps_as_far_as_two_whole_steps(batch):
+    """Its target at t is that of one step to t - 2/N; at 1/N, where the sampler ends, the teacher's own prediction."""
+    model = denoiser(num_classes=0)
+    params = randomised(model.init(jax.random.key(1)))
+    method = halving(model, SCHEDULE, weighting.get("constant"), UPDATER, stochastic=True)
+    state, steps = method.init(jax.random.key(0), {"teacher": params}), 3
+    arguments = {"num_steps": jnp.int32(steps), "num_updates": jnp.int32(10)}
+
+    def teach(z, at):
+        return model(params, z, at, Condition())
+
+    met = set()
+    for seed in range(4):
+        key = jax.random.key(seed)
+        _, metrics = method.step(state, {"teacher": params}, batch, key, arguments)
+        random = base.streams(key)
+        index = np.floor(np.asarray(base.uniform(random["time"], 6, stratified=False)) * steps)
+        met |= set(index.astype(int).tolist())
+        t, m, s = (jnp.float32((index + shift) / steps) for shift in (1, 0, -1))
+        log_snr = SCHEDULE.log_snr(t)
+        z, _ = base.noised(random["noise"], base.images(batch), log_snr)
+        target = []
+        for i in range(6):
+            at = [value[i : i + 1] for value in (t, m, s)]
+            one = z[i : i + 1]
+            target.append(teach(one, log_snr[i : i + 1]) if index[i] == 0 else _inverted(teach, one, *at))
+        errors = jnp.square(teach(z, log_snr) - jnp.concatenate(target))
+        np.testing.assert_allclose(metrics["loss"], jnp.mean(errors), rtol=2e-3, atol=1e-7)
+    assert met == {0, 1, 2}
+
+
+def _inverted(teach, z, t, m, s):
+    """The published inversion: the x_hat with which one step t -> s ends where the teacher's two do."""
+    at = [SCHEDULE.log_snr(time) for time in (t, m, s)]
+    z_m = ddim.step(teach(z, at[0]), z, at[0], at[1])
+    x2 = teach(z_m, at[1])
+    if float(s[0]) == 0.0:
+        return x2
+    z_s = ddim.step(x2, z_m, at[1], at[2])
+    ratio = process.sigma(at[2]) / process.sigma(at[0])
+    scale = process.alpha(at[2]) - ratio * process.alpha(at[0])
+    return (z_s - process.expand(ratio, z) * z) / process.expand(scale, z)
 
 
 def test_student_and_teacher_of_a_round_get_the_same_label_and_guidance_weight(batch):
