@@ -27,6 +27,7 @@ from diffdistill.data import augmentation
 from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import Method
+from diffdistill.methods.encoder import encoder_halving
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
 from diffdistill.methods.teacher import teacher
@@ -41,7 +42,7 @@ class Stage:
 
     Attributes:
       name: also its folder in the workdir.
-      method: teacher, guided, progressive or stochastic; also the name of its part of the config.
+      method: teacher, guided, progressive, stochastic or encoder; also the name of its part of the config.
       teacher: the name of the earlier stage that it learns from; empty for a stage that learns from data alone.
       num_steps: sampler steps of the student; 0 where the model is not tied to a number of steps.
       num_updates, settings: its length and its part of the config.
@@ -67,7 +68,7 @@ class DataFacts:
 
 
 def plan(config: Config) -> tuple[Stage, ...]:
-    """The stages of a config: teacher, the guided student where asked for, then the rounds of both kinds of halving."""
+    """The stages of a config: teacher, the guided student where asked for, then the rounds of each kind of halving."""
     stages = [Stage("teacher", "teacher", "", 0, config.teacher.num_updates, config.teacher, False)]
     guided = config.guided.num_updates > 0
     if guided:
@@ -75,6 +76,7 @@ def plan(config: Config) -> tuple[Stage, ...]:
     first = stages[-1].name
     stages += _rounds("round", "progressive", config.progressive, first, guided)
     stages += _rounds("stochastic", "stochastic", config.stochastic, first, guided)
+    stages += _rounds("encoder", "encoder", config.encoder, first, guided)
     return tuple(stages)
 
 
@@ -94,7 +96,7 @@ def _rounds(prefix: str, method: str, settings: ProgressiveConfig, teacher: str,
 
 def full_steps(config: Config) -> int:
     """The number of steps at which models that are tied to none (teacher, guided student) count as sampled in full."""
-    for settings in (config.progressive, config.stochastic):
+    for settings in (config.progressive, config.stochastic, config.encoder):
         if settings.num_updates > 0:
             return settings.start_steps
     return max(config.evaluation.num_steps, default=256)
@@ -222,6 +224,10 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
         teacher_network = _denoiser(config.model, "none", facts, 0.0)
         return distillation(
             denoiser, teacher_network, schedule, weight, updater, w_min=settings.w_min, w_max=settings.w_max, **common
+        )
+    if stage.method == "encoder":
+        return encoder_halving(
+            denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common
         )
     common["stochastic"] = stage.method == "stochastic"
     return halving(denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common)

@@ -38,7 +38,8 @@ def define_flags() -> None:
         "images of --config.data, for later evaluations. table: published figures beside measured ones. "
         "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
         "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
-        "how fast the teacher trains here.",
+        "how fast the teacher trains here. transfer: images of one class become another (--encoder, --decoder, "
+        "--source_class, --labels).",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -83,6 +84,9 @@ def define_flags() -> None:
         "in, edm, guided-diffusion or progressive.",
     )
     flags.DEFINE_string("output", "", "import --source=progressive: what the network puts out, x or v (default x).")
+    flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008.")
+    flags.DEFINE_string("decoder", "", "transfer: stage that decodes, of this run or the path of another run's.")
+    flags.DEFINE_string("source_class", "", "transfer: class of the images, by number or name.")
     flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
     flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")
@@ -425,6 +429,32 @@ def _sample(interrupt: Any) -> None:
     )
 
 
+def _transfer(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill import transfer, workdir
+
+    if not (FLAGS.encoder and FLAGS.decoder and FLAGS.source_class and len(FLAGS.labels) == 1):
+        _fail(
+            "--mode=transfer needs --encoder=STAGE, --decoder=STAGE, --source_class=CLASS of the images and "
+            "--labels=CLASS that they are to become.",
+            EXIT_USAGE,
+        )
+    config = _config()
+    transfer.to_files(
+        _as_asked(workdir.read(_workdir(config)), config),
+        encoder=FLAGS.encoder,
+        decoder=FLAGS.decoder,
+        pictures=FLAGS.images,
+        source_class=FLAGS.source_class,
+        target_class=FLAGS.labels[0],
+        w=FLAGS.w,
+        num=FLAGS.num,
+        num_steps=FLAGS.steps or None,
+        out=FLAGS.out,
+        say=_say,
+    )
+
+
 def _prepare(interrupt: Any) -> None:
     del interrupt
     from diffdistill.data.prepare import prepare
@@ -460,6 +490,7 @@ MODES: dict[str, Callable[[Any], None]] = {
     "import": _import,
     "noise-levels": _noise_levels,
     "benchmark": _benchmark,
+    "transfer": _transfer,
 }
 
 

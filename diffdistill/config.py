@@ -128,6 +128,13 @@ class ProgressiveConfig(OptimizationConfig):
 
 
 @dataclass(frozen=True)
+class EncoderConfig(ProgressiveConfig):
+    """Rounds of halving of the encoder, from data to noise; num_updates = 0 leaves them out."""
+
+    weight: str = "snr_plus_one"
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How stages are run."""
 
@@ -200,6 +207,7 @@ class Config:
     guided: GuidedConfig = field(default_factory=GuidedConfig)
     progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     stochastic: ProgressiveConfig = field(default_factory=ProgressiveConfig)  # students of the stochastic sampler
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -217,10 +225,10 @@ def smoke(config: Any) -> Any:
     model.channels, model.embedding, model.num_groups, model.blocks_per_level = 8, 16, 4, 1
     model.multipliers, model.attention_resolutions, model.dtype = (1, 2), (4,), "float32"
     model.num_heads, model.head_dim, model.noise_features, model.noise_frequencies = 1, 0, 0, ()
-    for stage in (config.teacher, config.guided, config.progressive, config.stochastic):
+    for stage in (config.teacher, config.guided, config.progressive, config.stochastic, config.encoder):
         stage.num_updates, stage.batch_size = min(stage.num_updates, 6), 16
         stage.warmup_updates = min(stage.warmup_updates, 2)
-    for halving in (config.progressive, config.stochastic):
+    for halving in (config.progressive, config.stochastic, config.encoder):
         halving.start_steps, halving.end_steps, halving.final_num_updates = 4, 1, 0
     config.training = ConfigDict({"updates_per_call": 2, "log_every": 2, "save_every": 3, "keep": 1})
     config.sampling.batch_size = 50

@@ -14,8 +14,8 @@ from diffdistill.fields import ConfigError
 from diffdistill.models import architectures, song_unet
 from diffdistill.samplers import SAMPLERS, heun, sigmas
 
-STAGES = ("teacher", "guided", "progressive", "stochastic")
-HALVINGS = ("progressive", "stochastic")
+STAGES = ("teacher", "guided", "progressive", "stochastic", "encoder")
+HALVINGS = ("progressive", "stochastic", "encoder")
 
 if TYPE_CHECKING:
     from diffdistill.config import Config, ModelConfig, OptimizationConfig, ProgressiveConfig
@@ -224,7 +224,7 @@ def _check_halving(config: Config, name: str) -> None:
             f"config.{name}.start_steps ({start}): the times of the sampler would not be times of the teacher."
         )
     at_noise = float(weighting.get(stage.weight)(config.process.log_snr_min))
-    if at_noise < 1e-3:
+    if at_noise < 1e-3 and name != "encoder":  # which is never evaluated at t = 1
         raise ConfigError(
             f"config.{name}.weight={stage.weight!r} is {at_noise:.2g} at t = 1, where every student "
             "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "

@@ -42,6 +42,7 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
     guided = any(stage.conditioned_on_guidance for stage in stages)
     teacher_can = bool(config.model.conditional and config.teacher.label_dropout)
     chosen = [stage for stage in stages if not evaluation.stages or stage.name in evaluation.stages]
+    chosen = [stage for stage in chosen if stage.method != "encoder"]  # see --mode=transfer
     samplers = evaluation.samplers or (config.sampling.sampler,)
     for w in evaluation.guidance if guided or teacher_can else (0.0,):
         for seed in evaluation.seeds or (default_seed(config.seed),):

@@ -57,6 +57,7 @@ class Generator:
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
       sampler, clip, quantisation, batch_size: defaults of `sample`.
+      is_encoder: whether it was distilled to go from images to noise; such a model cannot be sampled.
       settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
 
@@ -73,6 +74,7 @@ class Generator:
     quantisation: str = "edm"
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
+    is_encoder: bool = False
 
     def sample(
         self,
@@ -170,6 +172,8 @@ class Generator:
         return self.guidance_range is None and w != 0.0
 
     def _check(self, num: int, seed: int, w: float, num_steps: int, sampler: str, latents: np.ndarray | None) -> None:
+        if self.is_encoder:
+            raise SampleError(f"stage {self.name} leads from images to noise: use it with --mode=transfer.")
         if num < 1:
             raise SampleError(f"{num} images were asked for; give a number of at least 1.")
         if not 0 <= seed <= 2**31 - num:
@@ -206,14 +210,15 @@ class Generator:
             return (seeds % max(classes, 1)).astype(np.int32)
         if not classes:
             raise SampleError(f"labels were given, but stage {self.name} is unconditional; leave them out.")
-        given = np.array([self._class(label) for label in labels], np.int64)
+        given = np.array([self.class_number(label) for label in labels], np.int64)
         if not given.size or given.min() < 0 or given.max() >= classes:
             raise SampleError(f"labels are {given.tolist()}, but stage {self.name} knows classes 0 to {classes - 1}.")
         if given.size > len(seeds):
             raise SampleError(f"{given.size} labels were given for {len(seeds)} images; give at most one for each.")
         return given[np.arange(len(seeds)) % given.size].astype(np.int32)
 
-    def _class(self, label: int | str) -> int:
+    def class_number(self, label: int | str) -> int:
+        """The number of a class given by number or name. Raises SampleError for anything else."""
         if isinstance(label, str) and label in self.class_names:
             return self.class_names.index(label)
         if isinstance(label, int | np.integer) or (isinstance(label, str) and label.isdecimal()):
@@ -317,7 +322,8 @@ def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]
 def load_from(opened: Workdir, stage: str = "") -> Generator:
     """The same as `load` of an opened run, which may be sampled otherwise than it was to be (Workdir.measured_as)."""
     done = list(runner.finished(opened))
-    chosen = [each for each in done if each.name == stage] if stage else done[-1:]
+    sampled = [each for each in done if each.method != "encoder"]
+    chosen = [each for each in done if each.name == stage] if stage else sampled[-1:]
     if not chosen:
         names = ", ".join(each.name for each in done) or "none"
         asked = f"Stage {stage!r} of {opened.path}" if stage else f"{opened.path}: a stage"
@@ -342,4 +348,5 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         quantisation=config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
+        is_encoder=stage.method == "encoder",
     )

@@ -132,7 +132,7 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
         return {name: value for name, value in config.items() if name not in (*_FREE, *later)}
 
     later = _not_begun(file.parent)
-    unbound = before.get("imported", False) and len(later) == 3  # nothing was learnt here yet
+    unbound = before.get("imported", False) and len(later) == 4  # nothing was learnt here yet
     if unbound:
         later.append("process")  # an imported network knows noise levels, not times
     there = before.get("config", {})
@@ -157,5 +157,5 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
 
 def _not_begun(folder: Path) -> list[str]:
     """The groups of the config whose stages have no checkpoint."""
-    stages = {"guided": "guided", "progressive": "round_*", "stochastic": "stochastic_*"}
+    stages = {"guided": "guided", "progressive": "round_*", "stochastic": "stochastic_*", "encoder": "encoder_*"}
     return [name for name, pattern in stages.items() if not any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA"))]

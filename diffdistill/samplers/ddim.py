@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from diffdistill.diffusion.process import angle, expand
+from diffdistill.diffusion.process import alpha, angle, expand, sigma
 from diffdistill.diffusion.schedules import Schedule
 
 Denoise = Callable[[Array, Array], Array]
@@ -63,6 +63,26 @@ def sample(
     return jax.lax.fori_loop(0, num_steps, body, z)
 
 
+def encode(
+    denoise: Denoise, x: Array, schedule: Schedule, num_steps: int | Array, *, keys: Array | None = None
+) -> Array:
+    """Returns noise z (B, H, W, C) at t = 1 that `sample` turns into about x, by `num_steps` equal steps from t = 0.
+
+    Reverse DDIM: from s = i/N to t = (i + 1)/N along the prediction at s (Meng et al. 2023, section 3.4). x_hat is not
+    clipped. `num_steps` (int >= 1) may be traced; `keys` is ignored.
+    """
+    del keys
+    check_num_steps(num_steps)
+    total = jnp.asarray(num_steps).astype(jnp.float32)
+
+    def body(i: Array, z: Array) -> Array:
+        s, t = i.astype(jnp.float32) / total, (i + 1).astype(jnp.float32) / total
+        log_snr_s, log_snr_t = schedule.log_snr(s), schedule.log_snr(t)
+        return step(denoise(z, jnp.broadcast_to(log_snr_s, z.shape[:1])), z, log_snr_s, log_snr_t)
+
+    return jax.lax.fori_loop(0, num_steps, body, x)
+
+
 def step_times(i: int | Array, num_steps: int | Array) -> tuple[Array, Array]:
     """Returns the times (t, s), float32, of step i = 0..N-1 of a sampler: t = (N - i)/N down to s = (N - i - 1)/N."""
     left = jnp.asarray(num_steps) - jnp.asarray(i)
@@ -91,3 +111,29 @@ def two_step_target(
     at_data = (s <= 0) | (whole <= 0)
     w2 = jnp.where(at_data, 1.0, second / jnp.where(at_data, 1.0, whole))
     return x1 + expand(w2, x1) * (x2 - x1), x1, x2
+
+
+def two_step_encoding_target(
+    denoise: Denoise, z_s: Array, schedule: Schedule, s: Array, m: Array, t: Array
+) -> tuple[Array, Array, Array]:
+    """Returns (x~, x1, x2), each (B, H, W, C): the x_hat with which ONE step s -> t lands where TWO, s -> m -> t, do.
+
+    s < m < t are times (B,), as `encode` takes them; z_s (B, H, W, C) is at s. In eps the target is
+    e1 + w2 (e2 - e1) with w2 = (tan t - tan m) / (tan t - tan s) in angles, which lies between the two predictions;
+    x~ is what it means at s, where the student is evaluated.
+    """
+    log_snr_s, log_snr_m, log_snr_t = (schedule.log_snr(time) for time in (s, m, t))
+    x1 = denoise(z_s, log_snr_s)
+    z_m = step(x1, z_s, log_snr_s, log_snr_m)
+    x2 = denoise(z_m, log_snr_m)
+    e1, e2 = (_noise_in(z, x, log_snr) for z, x, log_snr in ((z_s, x1, log_snr_s), (z_m, x2, log_snr_m)))
+    # tan(theta) = exp(-log_snr / 2), all divided by that of t: the largest, so that nothing overflows.
+    whole = -jnp.expm1(0.5 * (log_snr_t - log_snr_s))
+    w2 = jnp.where(whole > 0, -jnp.expm1(0.5 * (log_snr_t - log_snr_m)) / jnp.where(whole > 0, whole, 1.0), 1.0)
+    eps = e1 + expand(w2, e1) * (e2 - e1)
+    return (z_s - expand(sigma(log_snr_s), z_s) * eps) / expand(alpha(log_snr_s), z_s), x1, x2
+
+
+def _noise_in(z: Array, x_hat: Array, log_snr: Array) -> Array:
+    """eps_hat (B, H, W, C): what is left of z beside alpha x_hat, in units of sigma."""
+    return (z - expand(alpha(log_snr), z) * x_hat) / expand(sigma(log_snr), z)
