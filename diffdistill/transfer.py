@@ -167,11 +167,11 @@ def to_files(
 
 def _pairs(folder: Workdir, encoder: str, decoder: str, num_steps: int | None) -> Iterator[Pair]:
     """The pair that was asked for, and the undistilled one in as many steps."""
+    own = {stage.name for stage in chain.plan(folder.config)}
     found = []
     for name in (encoder, decoder):
-        path = Path(name)
-        inside = (folder.path / name).is_dir() or not path.is_dir()
-        found.append((folder, name) if inside else sample.locate(path))
+        elsewhere = name not in own and Path(name).is_dir()
+        found.append(sample.locate(name) if elsewhere else (folder, name))
     first, second = (sample.load_from(*each) for each in found)
     steps = num_steps or first.num_steps, num_steps or second.num_steps
     yield Pair("distilled", first, second, *steps)

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from diffdistill.diffusion import parameterisation, process, schedules, weighting
 from diffdistill.methods import base
+from diffdistill.methods.encoder import encoder_halving
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
 from diffdistill.methods.teacher import teacher
@@ -164,6 +165,27 @@ def _inverted(teach, z, t, m, s):
     ratio = process.sigma(at[2]) / process.sigma(at[0])
     scale = process.alpha(at[2]) - ratio * process.alpha(at[0])
     return (z_s - process.expand(ratio, z) * z) / process.expand(scale, z)
+
+
+def test_the_loss_of_an_encoder_is_the_distance_to_its_target_at_the_cleaner_time(batch):
+    model = denoiser(num_classes=0)
+    params = randomised(model.init(jax.random.key(1)))
+    method = encoder_halving(model, SCHEDULE, weighting.get("snr_trunc"), UPDATER)
+    key, steps = jax.random.key(9), 4
+    state = method.init(jax.random.key(0), {"teacher": params})
+    _, metrics = method.step(
+        state, {"teacher": params}, batch, key, {"num_steps": jnp.int32(steps), "num_updates": jnp.int32(10)}
+    )
+    random = base.streams(key)
+    index = np.floor(np.asarray(base.uniform(random["time"], 6, stratified=False)) * steps)
+    s, m, t = (jnp.float32((index + shift) / steps) for shift in (0, 0.5, 1))
+    log_snr = SCHEDULE.log_snr(s)
+    z, _ = base.noised(random["noise"], base.images(batch), log_snr)
+    target, _, _ = ddim.two_step_encoding_target(lambda z, at: model(params, z, at, Condition()), z, SCHEDULE, s, m, t)
+    x_hat = model(params, z, log_snr, Condition())
+    losses = weighting.get("snr_trunc")(log_snr) * jnp.mean(jnp.square(x_hat - target), axis=(1, 2, 3))
+    np.testing.assert_allclose(metrics["loss"], jnp.mean(losses), rtol=1e-2)
+    assert float(metrics["loss"]) > 1e-4
 
 
 def test_student_and_teacher_of_a_round_get_the_same_label_and_guidance_weight(batch):

@@ -1,0 +1,101 @@
+"""Encoder stages and --mode=transfer on a smoke run: what is trained, written, said and refused."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from diffdistill import chain, runner, sample, transfer, workdir
+from diffdistill.config import EncoderConfig
+from diffdistill.evaluation import images
+from diffdistill.sample import SampleError
+from diffdistill.training.interrupt import Interrupt
+
+
+@pytest.fixture(scope="module")
+def opened(smoke_run, tmp_path_factory) -> workdir.Workdir:
+    """The smoke run with two rounds of the encoder after it."""
+    path = tmp_path_factory.mktemp("transfer") / "run"
+    shutil.copytree(smoke_run.path, path)
+    config = dataclasses.replace(
+        workdir.read(path).config,
+        encoder=EncoderConfig(num_updates=2, batch_size=16, learning_rate=1e-3, start_steps=4),
+    )
+    run = runner.prepare(config, str(path))
+    runner.train(run, Interrupt(), say=lambda text: None)
+    return workdir.read(path)
+
+
+def test_encoders_are_a_chain_beside_that_of_the_decoders(opened):
+    stages = {stage.name: stage for stage in chain.plan(opened.config)}
+    assert list(stages)[-2:] == ["encoder_00_steps_0002", "encoder_01_steps_0001"]
+    assert stages["encoder_00_steps_0002"].teacher == "guided"
+    assert stages["encoder_01_steps_0001"].teacher == "encoder_00_steps_0002"
+    assert len(list(runner.finished(opened))) == len(stages)
+    assert sample.load_from(opened).name.startswith("round_")  # what is sampled when nothing is said
+    with pytest.raises(SampleError, match="leads from images to noise: use it with --mode=transfer"):
+        sample.load_from(opened, "encoder_01_steps_0001").sample(1)
+
+
+def test_encoding_does_not_depend_on_the_batch(opened):
+    generator = sample.load_from(opened, "encoder_00_steps_0002")
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(5, dtype=np.int32)
+    whole = transfer.encode(generator, pictures, labels, num_steps=2)
+    one = transfer.encode(generator, pictures[3:4], labels[3:4], num_steps=2)
+    np.testing.assert_allclose(one, whole[3:4], atol=1e-4)
+    assert whole.dtype == np.float32
+    with pytest.raises(SampleError, match=r"made for uint8 \(8, 8, 1\)"):
+        transfer.encode(generator, pictures[:, :4], labels, num_steps=2)
+
+
+def write(opened, out, **changes) -> list[str]:
+    said: list[str] = []
+    settings = {
+        "encoder": "encoder_00_steps_0002",
+        "decoder": "round_00_steps_0002",
+        "pictures": "",
+        "source_class": "3",
+        "target_class": "8",
+        "w": 1.0,
+        "num": 6,
+        "num_steps": None,
+        "out": str(out),
+    }
+    transfer.to_files(opened, say=said.append, **{**settings, **changes})
+    return said
+
+
+def test_pictures_and_figures_of_both_pairs(opened, tmp_path):
+    said = "\n".join(write(opened, tmp_path))
+    for pair in ("distilled", "DDIM"):
+        assert f"{pair}, 2 + 2 steps: reconstruction RMSE" in said
+        assert f"{pair} encoder, 2 steps: RMSE" in said
+    assert said.count("class accuracy") == said.count("correlation of slant") == 2
+    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(tmp_path / "transfer.npz") as file:
+        assert file["images"].shape == (6, 8, 8, 1)
+        assert file["labels"].tolist() == [8] * 6
+
+
+def test_images_and_models_from_elsewhere(opened, smoke_run, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), dtype=np.uint8)
+    images.save_npz(tmp_path / "theirs.npz", pictures)
+    other = str(smoke_run.path / "round_01_steps_0001")
+    said = "\n".join(write(opened, tmp_path, pictures=str(tmp_path / "theirs.npz"), decoder=other, num=0))
+    assert "distilled, 2 + 1 steps" in said
+    assert "4 images" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": "encoder_07"}, "'encoder_07' of .* is not there or not finished"),
+        ({"target_class": "cat"}, "'cat' is no class"),
+        ({"w": 7.0}, "distilled for guidance weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused(opened, tmp_path, changes, message):
+    with pytest.raises(SampleError, match=message):
+        write(opened, tmp_path, **changes)
