@@ -107,6 +107,12 @@ def guidance_range(config: Config, stage: Stage) -> tuple[float, float] | None:
     return (config.guided.w_min, config.guided.w_max) if stage.conditioned_on_guidance else None
 
 
+def has_null_class(config: Config, stage: Stage) -> bool:
+    """Whether a stage has learnt the unconditional model beside the conditional one, so that two branches guide it."""
+    dropout = getattr(stage.settings, "label_dropout", 0.0)
+    return config.model.conditional and not stage.conditioned_on_guidance and dropout > 0
+
+
 @functools.cache
 def schedule_of(process: ProcessConfig) -> Schedule:
     """The noise schedule of a config; the same object for equal settings, so that it can key compiled programs."""
@@ -229,7 +235,8 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
         return encoder_halving(
             denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common
         )
-    common["stochastic"] = stage.method == "stochastic"
+    assert isinstance(settings, ProgressiveConfig)
+    common |= {"stochastic": stage.method == "stochastic", "label_dropout": settings.label_dropout}
     return halving(denoiser, schedule, weight, updater, guidance_range=guidance_range(config, stage), **common)
 
 

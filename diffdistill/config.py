@@ -125,6 +125,9 @@ class ProgressiveConfig(OptimizationConfig):
     start_steps: int = 1024
     end_steps: int = 1
     final_num_updates: int = 0  # updates of the rounds to 2 and to 1 step; 0: as the others
+    # Share of the examples on which the unconditional model is distilled: students that two branches can guide, the
+    # baseline of Meng et al. 2023. Not with a w-conditioned student.
+    label_dropout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def _check_ranges(config: Config) -> None:
     least("config.teacher.label_dropout", config.teacher.label_dropout, 0.0, 0.999)
     for name in HALVINGS:
         least(f"config.{name}.final_num_updates", getattr(config, name).final_num_updates, 0)
+        least(f"config.{name}.label_dropout", getattr(config, name).label_dropout, 0.0, 0.999)
     least("config.process.num_train_steps", config.process.num_train_steps, 2)
     for name in ("log_every", "save_every", "keep"):
         least(f"config.training.{name}", getattr(config.training, name), 1)
@@ -183,6 +184,13 @@ def _check_combinations(config: Config) -> None:
         if guided.w_min > guided.w_max:
             raise ConfigError(f"config.guided.w_min ({guided.w_min}) is above config.guided.w_max ({guided.w_max}).")
     for name in HALVINGS:
+        stage: ProgressiveConfig = getattr(config, name)
+        if stage.num_updates and stage.label_dropout and (guided.num_updates or not config.teacher.label_dropout):
+            why = "the students are w-conditioned" if guided.num_updates else "config.teacher.label_dropout is 0"
+            raise ConfigError(
+                f"config.{name}.label_dropout is {stage.label_dropout}, but {why}: it distils the null class of a "
+                "teacher for guidance by two branches. Set it to 0."
+            )
         if getattr(config, name).num_updates:
             _check_halving(config, name)
     if config.data.source == "digits" and config.data.path:

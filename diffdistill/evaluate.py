@@ -52,7 +52,7 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
                 reference = Measurement(stages[0], full, "ddim", w, seed)
                 yield dataclasses.replace(reference, is_reference=True)
             for stage in chosen:
-                if w and not stage.conditioned_on_guidance and stage.name != "teacher":
+                if w and not stage.conditioned_on_guidance and not chain.has_null_class(config, stage):
                     continue  # a chain without w distils the plain conditional model
                 if stage.conditioned_on_guidance and not config.guided.w_min <= w <= config.guided.w_max:
                     continue

@@ -341,7 +341,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         schedule=chain.schedule_of(config.process),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
-        has_null_class=stage.method == "teacher" and config.model.conditional and config.teacher.label_dropout > 0,
+        has_null_class=chain.has_null_class(config, stage),
         sampler=samplers_for(stage, (config.sampling.sampler,))[0],
         clip=config.sampling.clip,
         settings=dataclasses.asdict(config.sampling),

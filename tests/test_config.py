@@ -101,6 +101,10 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
         ({"process": {"log_snr_max": 90.0}}, ["config.process", "log_snr_max=90.0"]),
         ({"progressive": {"num_updates": 5}, "model": {"prediction": "ve"}}, ["'ve'", "'edm'"]),
         ({"model": {"sigma_data": 0.0}}, ["config.model.sigma_data"]),
+        (
+            {"progressive": {"label_dropout": 0.1, "num_updates": 5}, "guided": {"num_updates": 5}},
+            ["config.progressive.label_dropout", "w-conditioned"],
+        ),
         ({"teacher": {"noise": "lognorm"}}, ["config.teacher.noise", "'lognormal'", "schedule"]),
         ({"teacher": {"noise_sigma_min": 5.0, "noise_sigma_max": 1.0}}, ["config.teacher.noise_sigma_min", "to 1.0"]),
         ({"sampling": {"solver": "hen"}}, ["config.sampling.solver", "'heun'"]),

@@ -132,6 +132,16 @@ def guidance_weights(key: jax.Array, batch_size: int, w_min: float, w_max: float
     return jax.random.uniform(key, (batch_size,), minval=w_min, maxval=w_max)
 
 
+def labels(key: jax.Array, batch: Mapping[str, jax.Array], num_classes: int, dropout: float) -> jax.Array | None:
+    """(B,) classes of a batch, a share `dropout` of them replaced by the null class `num_classes`; None without any."""
+    if not num_classes:
+        return None
+    if not dropout:
+        return batch["label"]
+    dropped = jax.random.bernoulli(key, dropout, batch["label"].shape)
+    return jnp.where(dropped, num_classes, batch["label"])
+
+
 def training_times(key: jax.Array, batch_size: int, schedule: Schedule, *, stratified: bool) -> jax.Array:
     """(B,) times in [0, 1]: uniform, or uniform over n/T, n = 1..T, for a schedule of T discrete steps."""
     draws = uniform(key, batch_size, stratified=stratified)

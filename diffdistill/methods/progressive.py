@@ -27,6 +27,7 @@ def halving(
     updater: base.Updater,
     *,
     guidance_range: tuple[float, float] | None = None,
+    label_dropout: float = 0.0,
     stochastic: bool = False,
     stratified: bool = False,
     parts: int = 1,
@@ -39,6 +40,8 @@ def halving(
     Args:
       denoiser: teacher and student alike; the student starts as a copy.
       guidance_range: (w_min, w_max) of a w-conditioned denoiser; None for one without guidance.
+      label_dropout: share of the examples, 0 to 1, whose label is the null class for teacher and student: a conditional
+        and an unconditional student in one.
       stochastic: for samplers.stochastic: one step of the student covers two whole steps, t -> t - 1/N -> t - 2/N, of
         the teacher, whose own steps are 1/N long where it is the student of the round before.
     """
@@ -63,7 +66,7 @@ def halving(
         log_snr = schedule.log_snr(t)
         z, _ = base.noised(random["noise"], x, log_snr)
         condition = Condition(
-            label=batch["label"] if denoiser.num_classes else None,
+            label=base.labels(random["label"], batch, denoiser.num_classes, label_dropout),
             guidance=None
             if guidance_range is None
             else base.guidance_weights(random["guidance"], size, *guidance_range),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import base
@@ -58,10 +57,7 @@ def teacher(
         else:
             log_snr = noise(base.uniform(random["time"], x.shape[0], stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
-        label = None
-        if denoiser.num_classes:
-            dropped = jax.random.bernoulli(random["label"], label_dropout, (x.shape[0],))
-            label = jnp.where(dropped, denoiser.num_classes, batch["label"])
+        label = base.labels(random["label"], batch, denoiser.num_classes, label_dropout)
         condition = Condition(label=label, augmentation=augmentation)
         x_hat = denoiser(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, x, log_snr, weight)

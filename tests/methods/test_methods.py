@@ -262,6 +262,20 @@ def test_labels_are_dropped_to_the_null_class_as_often_as_asked(dropout, null_sh
     assert share == pytest.approx(null_share, abs=0.04 if 0 < null_share < 1 else 1e-6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_students_for_two_branches_learn_the_null_class_too(dropout):
+    """Teacher and student of a round show their label: they differ by its scale, and the share of nulls is as asked."""
+    model = Denoiser(Recorder(), parameterisation.get("x"), CLASSES, (4, 4, 1))
+    method = halving(model, SCHEDULE, weighting.get("constant"), UPDATER, label_dropout=dropout)
+    size = 2000
+    batch = {"image": jnp.zeros((size, 4, 4, 1), jnp.float32), "label": jnp.zeros((size,), jnp.int32)}
+    params = model.init(jax.random.key(0))
+    state = method.init(jax.random.key(0), {"teacher": params})
+    twice = jax.tree.map(lambda leaf: 2 * leaf, params)
+    _, metrics = method.step(state, {"teacher": twice}, batch, jax.random.key(1), ARGUMENTS)
+    assert float(metrics["loss"]) / CLASSES**2 == pytest.approx(dropout, abs=0.04 if dropout else 1e-6)
+
+
 def test_the_loss_per_log_snr_bin_adds_up_to_the_loss(teacher_params, batch):
     method = teacher(denoiser(), SCHEDULE, weighting.get("snr_trunc"), UPDATER, label_dropout=0.1)
     state = method.init(jax.random.key(0), {})
