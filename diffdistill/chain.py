@@ -5,6 +5,7 @@ A plan is a tuple of :class:`Stage`. Adding a distillation method means one file
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,6 +123,15 @@ def schedule_of(process: ProcessConfig) -> Schedule:
         log_snr_max=process.log_snr_max,
         num_train_steps=process.num_train_steps,
     )
+
+
+@functools.cache
+def sampling_schedule_of(process: ProcessConfig, prediction: str) -> Schedule:
+    """The schedule as samplers see it: noise levels are those of the network's own table where it has one."""
+    schedule = schedule_of(process)
+    if prediction != "iddpm" or schedule.num_train_steps is not None:
+        return schedule
+    return dataclasses.replace(schedule, nearest_sigma=schedules.get("discrete_cosine").nearest_sigma)
 
 
 def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: float = 0.0) -> Denoiser:

@@ -338,7 +338,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         name=stage.name,
         denoiser=chain.denoiser_of(config, stage, folder.facts),
         params=runner.read_params(folder, stage, meshes.make_mesh()),
-        schedule=chain.schedule_of(config.process),
+        schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
         has_null_class=chain.has_null_class(config, stage),

@@ -41,6 +41,19 @@ def test_a_later_preset_leaves_nothing_of_an_earlier_one():
         assert resolve(config(first, second)) == resolve(config(second))
 
 
+def test_networks_with_a_table_of_levels_are_sampled_at_those_in_any_process():
+    """Rounding belongs to the network (spec 03): that of iDDPM in EDM's process, and no other there."""
+    mixed, plain = config("edm"), resolve(config("edm"))
+    mixed.model.prediction = "iddpm"
+    mixed = resolve(mixed)
+    found = chain.sampling_schedule_of(mixed.process, mixed.model.prediction)
+    assert float(found.nearest_sigma(70.0)) == pytest.approx(71.2912, rel=1e-5)  # u_9
+    assert found.sigma_range() == chain.schedule_of(mixed.process).sigma_range()
+    assert float(chain.sampling_schedule_of(plain.process, "edm").nearest_sigma(70.0)) == 70.0
+    own = resolve(config("iddpm"))
+    assert chain.sampling_schedule_of(own.process, "iddpm") is chain.schedule_of(own.process)
+
+
 def test_any_mixture_is_legal():
     """Every group of fields from another preset."""
     groups = ("process", "model", "teacher", "sampling")
