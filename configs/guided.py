@@ -3,6 +3,10 @@
     python main.py --config=configs/guided.py:cifar10 --workdir=runs/guided_cifar10 --config.data.path=PATH
     python main.py --config=configs/guided.py:imagenet64 --workdir=runs/guided_imagenet64 --config.data.path=PATH
 
+Append "-stochastic" to the row for a second chain, of students of the stochastic sampler; "-single-<w>" for the
+baseline of one student a weight, such as imagenet64-single-0.3; "-separate" for the baseline of conditional and
+unconditional students that two branches combine.
+
 Add --mode=plan to see sizes, memory and FLOPs first; append "-smoke" to the row for a few tiny updates on the embedded
 digits. PATH holds what `--mode=prepare` wrote. Guidance weights are w of (1 + w) conditional - w unconditional. The
 lengths of the teachers and of the last rounds are recalled, not published.
@@ -14,13 +18,16 @@ from diffdistill.config import default_config, smoke
 
 # Height, width, channels and number of classes.
 IMAGES = {"cifar10": ((32, 32, 3), 10), "imagenet64": ((64, 64, 3), 1000)}
-ROWS = tuple(IMAGES)
+GUIDANCE = (0.0, 0.3, 1.0, 2.0, 4.0)
+VARIANTS = ("stochastic", "separate", *(f"single-{w:g}" for w in GUIDANCE))
+ROWS = (*IMAGES, *(f"{name}-{variant}" for name in IMAGES for variant in VARIANTS))
 
 
 def get_config(row: str = "cifar10") -> Any:
-    """The settings of one row: cifar10 or imagenet64, each also with "-smoke"."""
-    name = row.removesuffix("-smoke")
-    if name not in ROWS:
+    """The settings of one row of ROWS, each also with "-smoke"."""
+    whole = row.removesuffix("-smoke")
+    name, _, variant = whole.partition("-")
+    if whole not in ROWS:
         raise ValueError(f"configs/guided.py has no row {row!r}; rows: {', '.join(ROWS)}, each also with '-smoke'.")
     config = default_config()
     config.name = f"guided-{row}"
@@ -34,7 +41,7 @@ def get_config(row: str = "cifar10") -> Any:
     config.sampling.quantisation = "adm"
     config.sampling.batch_size = 500
     config.evaluation.num_steps = (1, 2, 4, 8, 16, 32, 64, 1024)
-    config.evaluation.guidance = (0.0, 0.3, 1.0, 2.0, 4.0)
+    config.evaluation.guidance = GUIDANCE
 
     model, teacher, guided, halving = config.model, config.teacher, config.guided, config.progressive
     model.prediction = "v"
@@ -63,4 +70,12 @@ def get_config(row: str = "cifar10") -> Any:
         config.training.updates_per_call = 2  # ten batches of 2048 would fill a device while they wait
         guided.num_updates, guided.batch_size, guided.learning_rate = 520_000, 2048, 3e-4
         halving.batch_size = 256
+    if variant == "stochastic":
+        config.stochastic.update(halving)
+    elif variant == "separate":
+        guided.num_updates, halving.label_dropout = 0, 0.5
+    elif variant:
+        w = float(variant.removeprefix("single-"))
+        guided.w_min = guided.w_max = w
+        config.evaluation.guidance = (w,)
     return smoke(config) if row.endswith("-smoke") else config

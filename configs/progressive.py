@@ -4,6 +4,11 @@
     python main.py --config=configs/progressive.py:imagenet64 --workdir=runs/pd_imagenet64 --config.data.path=PATH
     python main.py --config=configs/progressive.py:lsun128 --workdir=runs/pd_lsun128 --config.data.path=PATH
 
+The twelve cells of its table 1 are teachers alone, each sampled with DDIM and ancestrally (the paper tunes
+--config.sampling.variance_fraction to the number of steps):
+
+    python main.py --config=configs/progressive.py:cifar10-<both|x|eps|v>-<snr|snr_trunc|snr_plus_one>
+
 Add --mode=plan to see sizes, memory and FLOPs first; append "-smoke" to the row for a few tiny updates on the embedded
 digits. PATH holds what `--mode=prepare` wrote; `--config.data.source=tfds --config.data.path=cifar10` reads a TFDS data
 set instead. Lengths of the teachers (800k, 550k, 400k updates) are recalled, not published.
@@ -15,13 +20,16 @@ from diffdistill.config import default_config, smoke
 
 # Height, width, channels and number of classes; 0: any.
 IMAGES = {"cifar10": ((32, 32, 3), 10), "imagenet64": ((64, 64, 3), 1000), "lsun128": ((128, 128, 3), 0)}
-ROWS = tuple(IMAGES)
+OUTPUTS, WEIGHTS = ("both", "x", "eps", "v"), ("snr", "snr_trunc", "snr_plus_one")
+CELLS = tuple(f"cifar10-{output}-{weight}" for output in OUTPUTS for weight in WEIGHTS)
+ROWS = (*IMAGES, *CELLS)
 
 
 def get_config(row: str = "cifar10") -> Any:
-    """The settings of one row: cifar10, imagenet64 or lsun128, each also with "-smoke"."""
-    name = row.removesuffix("-smoke")
-    if name not in ROWS:
+    """The settings of one row of ROWS, each also with "-smoke"."""
+    whole = row.removesuffix("-smoke")
+    name, _, cell = whole.partition("-")
+    if whole not in ROWS:
         raise ValueError(
             f"configs/progressive.py has no row {row!r}; rows: {', '.join(ROWS)}, each also with '-smoke'."
         )
@@ -72,4 +80,8 @@ def get_config(row: str = "cifar10") -> Any:
         model.channels, model.multipliers, model.embedding = 64, (1, 2, 4, 6, 8), 768
         teacher.num_updates = 400_000
     model.blocks_per_level = 3
+    if cell:
+        model.prediction, _, teacher.weight = cell.partition("-")
+        distil.num_updates = 0
+        config.evaluation.samplers, config.evaluation.num_steps = ("ddim", "ancestral"), (1024,)
     return smoke(config) if row.endswith("-smoke") else config

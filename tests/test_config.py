@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from configs import guided, progressive
 from diffdistill import chain, config, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
@@ -158,10 +159,10 @@ def test_a_plan_without_guidance_halves_the_teacher_itself():
 
 
 ROWS = {
-    "digits": ["", "smoke"],
+    "digits": ["", "smoke", "edm", "edm-smoke"],
     "fashion_mnist": ["", "smoke"],
-    "progressive": ["cifar10", "imagenet64", "lsun128", "cifar10-smoke", "imagenet64-smoke", "lsun128-smoke"],
-    "guided": ["cifar10", "imagenet64", "cifar10-smoke", "imagenet64-smoke"],
+    "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
+    "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
 }
 
 
@@ -209,6 +210,35 @@ def test_published_rows_have_the_published_sizes_and_chains(file, row):
     rounds = [stage for stage in stages if stage.method == "progressive"]
     assert [stage.num_steps for stage in rounds] == [start >> k for k in range(1, start.bit_length())]
     assert [stage.num_updates for stage in rounds[-3:]] == [50_000, 100_000, 100_000]
+
+
+@pytest.mark.parametrize("row", progressive.CELLS)
+def test_every_cell_of_table_1_is_a_row(row):
+    _, output, weight = row.split("-")
+    found = resolve(progressive.get_config(row))
+    assert (found.model.prediction, found.teacher.weight) == (output, weight)
+    assert found.evaluation.samplers == ("ddim", "ancestral")
+    (stage,) = chain.plan(found)
+    facts = chain.DataFacts(*CIFAR10)
+    denoiser = chain.denoiser_of(found, stage, facts)
+    assert denoiser.network.output_channels == (6 if output == "both" else 3)
+    assert round(denoiser.num_parameters() / 1e6, 1) == 60.0
+
+
+@pytest.mark.parametrize("dataset", guided.IMAGES)
+def test_baselines_and_stochastic_students_of_guided_models_are_rows(dataset):
+    def found(variant):
+        return resolve(guided.get_config(f"{dataset}-{variant}"))
+
+    stochastic = chain.plan(found("stochastic"))
+    assert [stage.num_steps for stage in stochastic if stage.method == "stochastic"] == [512 >> k for k in range(10)]
+    single = found("single-0.3")
+    assert (single.guided.w_min, single.guided.w_max, single.evaluation.guidance) == (0.3, 0.3, (0.3,))
+    separate = found("separate")
+    assert not separate.guided.num_updates
+    stage = chain.plan(separate)[-1]
+    assert chain.has_null_class(separate, stage)
+    assert not stage.conditioned_on_guidance
 
 
 OPTIMISATION = {  # spec 01 and 02: batch, rate, warm-up, anneal, weight decay, EMA, dropout, weight
