@@ -34,7 +34,7 @@ class DomainJudge:
     needs_reference = True
 
     def __init__(self, config: Config, network: features.FeatureNetwork, data: Moments) -> None:
-        self._config, self._network, self._data = config, network, data
+        self._config, self.network, self.data = config, network, data
         self._reference: dict[tuple[float, int], tuple[np.ndarray, Moments]] = {}
 
     def protocol(self, item: Measurement, generator: Generator) -> str:
@@ -66,7 +66,7 @@ class DomainJudge:
             sampler=item.sampler,
         )
         seconds = time.monotonic() - start
-        sampled, predicted = self._network.measure(samples.images)
+        sampled, predicted = self.network.measure(samples.images)
         own = moments.moments_of(sampled)
         if item.is_reference:
             self._reference[item.w, item.seed] = samples.images, own
@@ -76,7 +76,7 @@ class DomainJudge:
             return metrics.frechet_distance(own.mean(), own.covariance(), other.mean(), other.covariance())
 
         compute: dict[str, Callable[[], float]] = {
-            "frechet_to_data": lambda: distance(self._data),
+            "frechet_to_data": lambda: distance(self.data),
             "frechet_to_teacher": lambda: distance(teacher),
             "paired_rmse_to_teacher": lambda: metrics.paired_rmse(samples.images, teacher_images),
             "class_accuracy": lambda: metrics.class_accuracy(predicted, samples.labels),
