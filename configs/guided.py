@@ -29,7 +29,12 @@ def get_config(row: str = "cifar10") -> Any:
     config.data.image_shape, config.data.num_classes = IMAGES[name]
     config.training.log_every = 1000
     config.training.save_every = 10_000
-    config.evaluation.num_samples = 0  # domain features are for small images
+    config.data.dataset = name
+    config.evaluation.features = "inception"
+    config.sampling.quantisation = "adm"
+    config.sampling.batch_size = 500
+    config.evaluation.num_steps = (1, 2, 4, 8, 16, 32, 64, 1024)
+    config.evaluation.guidance = (0.0, 0.3, 1.0, 2.0, 4.0)
 
     model, teacher, guided, halving = config.model, config.teacher, config.guided, config.progressive
     model.prediction = "v"

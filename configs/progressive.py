@@ -33,7 +33,11 @@ def get_config(row: str = "cifar10") -> Any:
     config.guided.num_updates = 0
     config.training.log_every = 1000
     config.training.save_every = 10_000
-    config.evaluation.num_samples = 0  # domain features are for small images
+    config.data.dataset = name
+    config.evaluation.features = "inception"
+    config.sampling.quantisation = "adm"
+    config.sampling.batch_size = 500
+    config.evaluation.num_steps = (1, 2, 4, 8, 10, 16, 20, 50, 100, 1024)
 
     model, teacher, distil = config.model, config.teacher, config.progressive
     teacher.weight = distil.weight = "snr_trunc"

@@ -31,9 +31,11 @@ def define_flags() -> None:
         "mode",
         "run",
         list(MODES),
-        "run: train every stage, evaluate, report. train: stages only. evaluate: measure finished stages and report. "
-        "plan: show what a run would do. sample: images from a stage. prepare: images -> ArrayRecord "
-        "(--config.data.image_size and --config.data.channels convert).",
+        "run: train every stage, evaluate, report. train: stages only. evaluate: measure finished stages and report, "
+        "or images made elsewhere (--images). plan: show what a run would do. sample: images from a stage. prepare: "
+        "images -> ArrayRecord (--config.data.image_size and --config.data.channels convert). statistics: of the "
+        "images of --config.data, for later evaluations. table: published figures beside measured ones. "
+        "fetch-weights: the Inception network.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -47,7 +49,19 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
     flags.DEFINE_list("labels", [], "sample: classes by number or name, repeated in turn (default all classes).")
     flags.DEFINE_string("latents", "", "sample: .npy file with the initial noise, (num, H, W, C) float32.")
-    flags.DEFINE_string("out", "", "sample: folder for samples.png and samples.npz (default <workdir>/samples).")
+    flags.DEFINE_string(
+        "out",
+        "",
+        "sample: folder for samples.png and samples.npz (default <workdir>/samples). statistics: the .npz file to "
+        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl.",
+    )
+    flags.DEFINE_string(
+        "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
+    )
+    flags.DEFINE_string("images", "", "evaluate: folder, zip, tar, .npz or .npy of images made elsewhere.")
+    flags.DEFINE_string("reference", "", "evaluate --images: statistics (.npz), or images as --images takes them.")
+    flags.DEFINE_string("table", "", "table: which, such as progressive/2; without it all are listed.")
+    flags.DEFINE_list("results", ["runs"], "table: results.jsonl files, or folders that are searched for them.")
     flags.DEFINE_string("source", "", "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches.")
     flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
@@ -164,12 +178,15 @@ def _main(arguments: list[str]) -> None:
         )
     from diffdistill.config import ConfigError
     from diffdistill.data.contract import DataError
-    from diffdistill.evaluate import EvaluationInterrupted
+    from diffdistill.evaluation.published import TableError
+    from diffdistill.evaluation.reference import StatisticsError
     from diffdistill.evaluation.results import ResultsError
+    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError, OtherProcessFailed
     from diffdistill.sample import SampleError
     from diffdistill.training import mesh
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.training.interrupt import Interrupt, catch_signals
+    from diffdistill.weights import WeightsError
     from diffdistill.workdir import WorkdirError
 
     # Before our signal handlers, because jax.distributed installs one of its own for SIGTERM.
@@ -183,7 +200,7 @@ def _main(arguments: list[str]) -> None:
     except ValueError as error:
         _fail(str(error), EXIT_USAGE)
     # The other modes have nothing to save: a signal ends them as it ends any program.
-    interruptible = FLAGS.mode in ("run", "train", "evaluate")
+    interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
             MODES[FLAGS.mode](interrupt)
@@ -192,9 +209,18 @@ def _main(arguments: list[str]) -> None:
             sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)
         except NonFiniteLoss as error:
             _fail(str(error), EXIT_NOT_FINITE)
-        except (ConfigError, SampleError) as error:
+        except (ConfigError, SampleError, TableError) as error:
             _fail(str(error), EXIT_USAGE)
-        except (DataError, WorkdirError, TrainingError, ResultsError) as error:
+        except (
+            DataError,
+            WorkdirError,
+            TrainingError,
+            ResultsError,
+            StatisticsError,
+            FeaturesError,
+            OtherProcessFailed,
+            WeightsError,
+        ) as error:
             _fail(str(error), EXIT_FAILED)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -216,6 +242,11 @@ def _workdir(config: Any) -> str:
 
 
 def _run(interrupt: Any) -> None:
+    if FLAGS.images:
+        _fail("--images is for --mode=evaluate; --mode=run measures what it trains.", EXIT_USAGE)
+    from diffdistill import judges
+
+    judges.check(_config(), FLAGS.inception_weights)
     _train(interrupt)
     _evaluate(interrupt)
 
@@ -230,6 +261,9 @@ def _train(interrupt: Any) -> None:
 
 
 def _evaluate(interrupt: Any) -> None:
+    if FLAGS.images:
+        _evaluate_images(interrupt)
+        return
     from diffdistill import evaluate, runner, workdir
     from diffdistill.data.pipeline import in_memory
     from diffdistill.report import save_overview, stage_costs, write_report
@@ -237,15 +271,65 @@ def _evaluate(interrupt: Any) -> None:
 
     config = _config()
     folder = workdir.read(_workdir(config))
-    if any(argument.startswith(("--config", "-config")) for argument in sys.argv):
+    if any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
+        if config.name != folder.config.name and not FLAGS["config"].present:
+            _fail(
+                f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given "
+                f"are those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
+                EXIT_USAGE,
+            )
         folder = folder.measured_as(config)
     source = in_memory(runner.open_data(folder.config)[0])
-    evaluate.evaluate(folder, source, interrupt, say=_say)
+    evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=_say)
     costs = list(stage_costs(folder))  # on every process: checkpoints are opened by all together
     if is_main():
         save_overview(folder, source)
         table, page = write_report(folder, costs)
         _say(f"{table}\nReport: {page}")
+
+
+def _evaluate_images(interrupt: Any) -> None:
+    from diffdistill import evaluate_images
+
+    if not FLAGS.reference:
+        _fail(
+            "--mode=evaluate --images=PATH needs --reference=PATH: reference statistics (.npz), or the images to "
+            "compare with.",
+            EXIT_USAGE,
+        )
+    evaluate_images.evaluate(
+        FLAGS.images, FLAGS.reference, _config(), FLAGS.inception_weights, FLAGS.out, interrupt, say=_say
+    )
+
+
+def _statistics(interrupt: Any) -> None:
+    from diffdistill import evaluate_images, runner
+
+    if not FLAGS.out.endswith(".npz"):
+        _fail(f"--mode=statistics needs --out=FILE.npz, the file to write; given --out={FLAGS.out!r}.", EXIT_USAGE)
+    config = _config()
+    source, _ = runner.open_data(config)
+    evaluate_images.write_statistics(source, config, FLAGS.inception_weights, FLAGS.out, interrupt, say=_say)
+
+
+def _table(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill.evaluation import comparison, published, results
+
+    if not FLAGS.table:
+        _say("Choose a table with --table=NAME:")
+        _say("\n".join(f"  {name} ({count} published figures)" for name, count in published.tables().items()))
+        return
+    # Nothing measured yet is no mistake; a path that was asked for and is not there is one.
+    places = FLAGS.results if FLAGS["results"].present else [path for path in FLAGS.results if Path(path).exists()]
+    _say(comparison.write(FLAGS.table, results.read_all(places), Path(FLAGS.out) if FLAGS.out else None))
+
+
+def _fetch_weights(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill.weights import fetch
+
+    _say(f"{fetch.fetch(fetch.INCEPTION, FLAGS.inception_weights)} is there and is the published network.")
 
 
 def _plan(interrupt: Any) -> None:
@@ -303,6 +387,9 @@ MODES: dict[str, Callable[[Any], None]] = {
     "plan": _plan,
     "sample": _sample,
     "prepare": _prepare,
+    "statistics": _statistics,
+    "table": _table,
+    "fetch-weights": _fetch_weights,
 }
 
 

@@ -8,6 +8,7 @@ back into these dataclasses, which is all that the library sees.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from diffdistill import fields
 from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
 from diffdistill.fields import ConfigError
 from diffdistill.samplers import SAMPLERS
 
@@ -25,6 +27,7 @@ class DataConfig:
     """Where the images come from (see data.sources.open_source)."""
 
     source: str = "digits"  # digits | idx | images | tfds | array_record
+    dataset: str = ""  # what tables of papers call it, such as cifar10; empty: the source
     path: str = ""  # folder, zip, tar or TFDS name; empty for the embedded digits
     split: str = "train"
     image_size: int = 0  # 0: as stored, all alike
@@ -125,16 +128,30 @@ class SamplingConfig:
     batch_size: int = 250
     clip: bool = True
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
+    # edm: to the nearest byte; adm: truncated, as in the papers that evaluate with ADM's code
+    quantisation: str = "edm"
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured after the chain, in the features of a small classifier trained on the same data."""
+    """What is measured after the chain: every stage x steps x sampler x w x seed of the lists."""
 
-    num_samples: int = 1000
-    num_steps: tuple[int, ...] = (1, 2, 4, 8)
+    # domain: features of a small classifier of the same data, for small images. inception: FID and its relatives.
+    features: Literal["domain", "inception"] = "domain"
+    num_samples: int = 50_000  # 0 leaves the evaluation out
+    stages: tuple[str, ...] = ()  # empty: every finished one
+    num_steps: tuple[int, ...] = (1, 2, 4, 8)  # of models tied to no number of steps; students have their own
+    samplers: tuple[str, ...] = ()  # empty: sampling.sampler
     guidance: tuple[float, ...] = (0.0, 1.0, 4.0)
+    seeds: tuple[int, ...] = ()  # numbers of the first image, one measurement each; empty: a million times the seed
     grid_columns: int = 10
+    # The rest concerns inception features.
+    protocol: str = "tf"  # tf | pytorch-fid | clean: how images are resized
+    reference: str = ""  # file of reference statistics; empty: computed from the run's data
+    reference_protocol: str = ""  # protocol of a reference file that does not say it itself
+    reference_images: int = 0  # of the run's data, thinned out evenly; 0: all
+    inception_sha256: str = ""  # accepts weights other than the published ones, by their hash
+    reservoir: int = 10_000  # samples whose features are kept, for KID, precision and recall
 
 
 @dataclass(frozen=True)
@@ -172,7 +189,8 @@ def smoke(config: Any) -> Any:
     config.progressive.start_steps, config.progressive.end_steps, config.progressive.final_num_updates = 4, 1, 0
     config.training = ConfigDict({"updates_per_call": 2, "log_every": 2, "save_every": 3, "keep": 1})
     config.sampling.batch_size = 50
-    config.evaluation.num_samples, config.evaluation.num_steps = 50, (1, 2)
+    # Domain features: nothing has to be fetched.
+    config.evaluation = ConfigDict(dataclasses.asdict(EvaluationConfig(num_samples=50, num_steps=(1, 2))))
     config.evaluation.guidance = (0.0, 1.0)
     return config
 
@@ -223,6 +241,12 @@ def _check_names(config: Config) -> None:
     fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
     fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
     fields.one_of("config.sampling.sampler", config.sampling.sampler, list(SAMPLERS))
+    fields.one_of("config.sampling.quantisation", config.sampling.quantisation, list(QUANTISATIONS))
+    for index, sampler in enumerate(config.evaluation.samplers):
+        fields.one_of(f"config.evaluation.samplers[{index}]", sampler, list(SAMPLERS))
+    fields.one_of("config.evaluation.protocol", config.evaluation.protocol, list(PROTOCOLS))
+    if config.evaluation.reference_protocol:
+        fields.one_of("config.evaluation.reference_protocol", config.evaluation.reference_protocol, list(PROTOCOLS))
     for name in ("teacher", "guided", "progressive"):
         stage: OptimizationConfig = getattr(config, name)
         fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
@@ -254,6 +278,18 @@ def _check_ranges(config: Config) -> None:
     least("config.sampling.batch_size", config.sampling.batch_size, 1)
     least("config.sampling.variance_fraction", config.sampling.variance_fraction, 0.0, 1.0)
     least("config.evaluation.num_samples", config.evaluation.num_samples, 0)
+    least("config.evaluation.reference_images", config.evaluation.reference_images, 0)
+    least("config.evaluation.reservoir", config.evaluation.reservoir, 2)
+    for index, seed in enumerate(config.evaluation.seeds):
+        least(f"config.evaluation.seeds[{index}]", seed, 0, 2**31 - 1 - config.evaluation.num_samples)
+    seeds = sorted(config.evaluation.seeds)
+    for one, other in itertools.pairwise(seeds):
+        if other - one < config.evaluation.num_samples:
+            raise ConfigError(
+                f"config.evaluation.seeds {config.evaluation.seeds} are numbers of first images, but {one} and {other} "
+                f"are less than config.evaluation.num_samples = {config.evaluation.num_samples} apart: "
+                "they would share images."
+            )
     for index, steps in enumerate(config.evaluation.num_steps):
         least(f"config.evaluation.num_steps[{index}]", steps, 1)
     for name in ("channels", "embedding", "blocks_per_level", "num_groups"):
@@ -263,6 +299,8 @@ def _check_ranges(config: Config) -> None:
     least("config.seed", config.seed, 0)
     if config.evaluation.num_samples == 1:
         raise ConfigError("config.evaluation.num_samples is 1, but a distance needs 2 or more; 0 leaves it out.")
+    if config.evaluation.reference_images == 1:
+        raise ConfigError("config.evaluation.reference_images is 1, but statistics need 2 or more; 0 takes all.")
     try:
         process = config.process
         schedules.get(

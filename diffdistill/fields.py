@@ -73,6 +73,7 @@ _EXPECTED = {
     str: "text",
     tuple[int, ...]: "a list of whole numbers, such as (1, 2)",
     tuple[float, ...]: "a list of numbers, such as (1, 2)",
+    tuple[str, ...]: "a list of names, such as ('a', 'b')",
 }
 
 
@@ -85,7 +86,7 @@ def expected(kind: Any) -> str:
 
 def leaf(kind: Any, value: Any, where: str) -> Any:
     """A single checked value: whole numbers pass as numbers, lists as tuples; ConfigError for any other type."""
-    if kind in (tuple[int, ...], tuple[float, ...]) and isinstance(value, tuple | list):
+    if get_origin(kind) is tuple and isinstance(value, tuple | list):
         return tuple(leaf(get_args(kind)[0], entry, f"{where}[{index}]") for index, entry in enumerate(value))
     if get_origin(kind) is Literal:
         fits = value in get_args(kind)

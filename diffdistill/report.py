@@ -19,7 +19,7 @@ from diffdistill.evaluation.report import write_report as write_page
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.workdir import Workdir
 
-_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)\.png")
+_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)(?:_(?P<sampler>.+))?\.png")
 
 
 def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str, Path]:
@@ -49,14 +49,20 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
     if not weights or folder.facts.num_classes > 20:
         return None
     w, full = weights[len(weights) // 2], chain.full_steps(folder.config)
+    samplers = ("ddim", *(folder.config.evaluation.samplers or (folder.config.sampling.sampler,)))
     rows: list[tuple[str, np.ndarray]] = []
     for stage in chain.plan(folder.config):
         num_steps = full if stage.name == "teacher" else stage.num_steps
-        path = samples_path(folder, stage.name, num_steps, w)
-        if num_steps and path.exists():
+        paths = [samples_path(folder, stage.name, num_steps, w, sampler) for sampler in samplers]
+        path = next(filter(Path.exists, paths), None)
+        if num_steps and path:
             with np.load(path) as kept:
                 first = _first_of_each_class(kept["labels"], folder.facts.num_classes)
-                name = f"teacher, {num_steps} steps" if stage.name == "teacher" else _steps(num_steps)
+                name = (
+                    f"teacher, {num_steps} steps"
+                    if stage.name == "teacher"
+                    else f"student, {tables.steps_text(num_steps)}"
+                )
                 rows.append((name, kept["images"][first]))
     if not rows:
         return None
@@ -71,10 +77,6 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
 def _first_of_each_class(labels: np.ndarray, num_classes: int, count: int = 2) -> np.ndarray:
     """The places of the first `count` examples of every class, class after class."""
     return np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(num_classes)])
-
-
-def _steps(number: int) -> str:
-    return f"student, {number} step{'s' * (number > 1)}"
 
 
 def stage_costs(folder: Workdir) -> Iterator[dict[str, Any]]:
@@ -114,6 +116,9 @@ def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
                 "num_steps": int(match["steps"]),
                 "w": float(path.parent.name[1:]),
             }
+            if match["sampler"]:
+                label = tables.row_label(match["stage"], int(match["steps"]), match["sampler"])
+                entry["caption"] = label
             found.append((entry["w"], order[match["stage"]], -entry["num_steps"], entry))
     yield from (entry for *_, entry in sorted(found, key=lambda item: item[:3]))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import numpy as np
 from diffdistill import chain, runner, samplers, workdir
 from diffdistill.chain import Stage
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.evaluation import images
+from diffdistill.evaluation import images, protocols
+from diffdistill.evaluation.stream import Chunk
 from diffdistill.models.denoiser import Condition, Denoiser, guided
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir
@@ -51,7 +52,7 @@ class Generator:
       num_steps: the number of steps that it is meant for.
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
-      sampler, clip, variance_fraction, batch_size: defaults of `sample`.
+      sampler, clip, variance_fraction, quantisation, batch_size: defaults of `sample`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Generator:
     sampler: str = "ddim"
     clip: bool = True
     variance_fraction: float = 0.0
+    quantisation: str = "edm"
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
 
@@ -96,26 +98,63 @@ class Generator:
           SampleError: labels, latents, w, num_steps or a sampler that do not suit the model.
         """
         num_steps = self.num_steps if num_steps is None else num_steps
+        settings = {"labels": labels, "w": w, "num_steps": num_steps, "sampler": sampler, "latents": latents}
+        pictures = np.empty((num, *self.denoiser.image_shape), np.uint8)
+        for chunk in self.stream(num, seed=seed, **settings):
+            pictures[chunk.first : chunk.stop] = meshes.all_rows(chunk.images)[: chunk.stop - chunk.first]
+            progress(chunk.stop)
+        seeds = np.arange(seed, seed + num, dtype=np.int32)
+        return Samples(pictures, self._labels(seeds, labels), seeds, self.network_evaluations(num_steps, w))
+
+    def stream(
+        self,
+        num: int,
+        *,
+        seed: int = 0,
+        labels: Sequence[int | str] | np.ndarray | None = None,
+        w: float = 0.0,
+        num_steps: int | None = None,
+        sampler: str | None = None,
+        latents: np.ndarray | None = None,
+        first: int = 0,
+    ) -> Iterator[Chunk]:
+        """The same images as `sample`, chunk by chunk and left on the devices; arguments and errors are those of it.
+
+        `first`: number of images at the beginning that are left out, a multiple of `chunk_size(num)`.
+        """
+        num_steps = self.num_steps if num_steps is None else num_steps
         sampler = self.sampler if sampler is None else sampler
         self._check(num, seed, w, num_steps, sampler, latents)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
         chosen = self._labels(seeds, labels)
-        run = self._compiled(sampler, two_branches=self.guidance_range is None and w != 0.0)
+        run = self._compiled(sampler, two_branches=self._two_branches(w))
         mesh = meshes.make_mesh()
-        # Few images do not need a whole batch; powers of two keep the number of compiled programs small.
-        wanted = min(self.batch_size, 2 ** math.ceil(math.log2(num)))
-        chunk = -(-wanted // mesh.size) * mesh.size
-        pictures = np.empty((num, *self.denoiser.image_shape), np.uint8)
-        for first in range(0, num, chunk):
-            rows = np.minimum(np.arange(first, first + chunk), num - 1)  # the last chunk is filled with its last image
+        chunk = self.chunk_size(num)
+        for start in range(first, num, chunk):
+            rows = np.minimum(np.arange(start, start + chunk), num - 1)  # the last chunk is filled with its last image
             noise = None if latents is None else np.asarray(latents, np.float32)[rows]
             inputs = jax.tree.map(functools.partial(meshes.shard_rows, mesh), (seeds[rows], chosen[rows], noise))
             pixels = run(self.params, *inputs, np.float32(w), np.int32(num_steps))
-            kept = min(chunk, num - first)
-            pictures[first : first + kept] = np.asarray(pixels)[:kept]
-            progress(first + kept)
-        branches = 2 if self.guidance_range is None and w != 0.0 else 1
-        return Samples(pictures, chosen, seeds, num_steps * branches)
+            yield Chunk(pixels, start, min(start + chunk, num))
+
+    def chunk_size(self, num: int) -> int:
+        """How many of `num` images are made at once: a multiple of the number of devices."""
+        devices = meshes.make_mesh().size
+        # Few images do not need a whole batch; powers of two keep the number of compiled programs small.
+        wanted = min(self.batch_size, 2 ** math.ceil(math.log2(num)))
+        return -(-wanted // devices) * devices
+
+    def network_evaluations(self, num_steps: int, w: float) -> int:
+        """Evaluations of the network per image."""
+        return num_steps * (2 if self._two_branches(w) else 1)
+
+    def settings_text(self) -> str:
+        """The defaults that a figure about the samples depends on, in words."""
+        clip = "clip" if self.clip else "no clip"
+        return f"{clip}, variance fraction {self.variance_fraction:g}, {self.quantisation} quantisation"
+
+    def _two_branches(self, w: float) -> bool:
+        return self.guidance_range is None and w != 0.0
 
     def _check(self, num: int, seed: int, w: float, num_steps: int, sampler: str, latents: np.ndarray | None) -> None:
         if num < 1:
@@ -179,6 +218,7 @@ class Generator:
             sampler,
             self.clip,
             self.variance_fraction,
+            self.quantisation,
             two_branches,
             self.guidance_range is not None,
         )
@@ -191,6 +231,7 @@ def _compiled(
     sampler: str,
     clip: bool,
     variance_fraction: float,
+    quantisation: str,
     two_branches: bool,
     takes_guidance: bool,
 ) -> Callable[..., jax.Array]:
@@ -203,7 +244,7 @@ def _compiled(
     @functools.partial(
         jax.jit,
         in_shardings=(everywhere, rows, rows, rows, everywhere, everywhere),
-        out_shardings=everywhere,
+        out_shardings=rows,
     )
     def run(
         params: Any, seeds: jax.Array, labels: jax.Array, latents: jax.Array | None, w: jax.Array, num_steps: jax.Array
@@ -225,14 +266,9 @@ def _compiled(
             clip=clip,
             **settings,
         )
-        return to_bytes(x)
+        return protocols.quantise(x, quantisation)
 
     return run
-
-
-def to_bytes(x: jax.Array) -> jax.Array:
-    """uint8 images from x in [-1, 1]: the nearest of the 256 levels that a byte stands for."""
-    return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
@@ -274,6 +310,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         sampler=config.sampling.sampler,
         clip=config.sampling.clip,
         variance_fraction=config.sampling.variance_fraction,
+        quantisation=config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
     )

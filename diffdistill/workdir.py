@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ from diffdistill import config as configs
 from diffdistill import fields
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
+from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
 
-_PACKAGES = ("diffdistill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")
 
@@ -77,12 +74,7 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
     if write:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            about = {
-                "versions": _versions(),
-                "git_revision": _revision(),
-                "command_line": sys.argv,
-                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
+            about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             text = json.dumps({**record, "starts": [*starts, about]}, indent=2) + "\n"
             write_atomically(file, lambda stream: stream.write(text.encode()))
         except OSError as error:
@@ -139,24 +131,3 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
             f"{file.parent} holds a run of another config (there -> here):\n  {shown}\n"
             "Give the same config to continue that run, or another --workdir to start a new one."
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _revision() -> str:
-    here = Path(__file__).resolve().parent
-    try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-        return shown.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

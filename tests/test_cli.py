@@ -72,7 +72,7 @@ def test_a_good_command_line_is_accepted(parse):
         ("--config=configs/digits.py:smok", "configs/digits.py has no variant 'smok'; there is 'smoke'."),
         ("--config=configs/nosuch.py", "cannot be read: No such file or directory: 'configs/nosuch.py'."),
         ("--config=configs", "cannot be read: Is a directory: 'configs'."),
-        ("--mode=nosuch", "<run|train|evaluate|plan|sample|prepare>"),
+        ("--mode=nosuch", "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights>"),
         ("--mod=train", "Did you mean: mode"),
         ("--num=ten", "--num=ten: must be a whole number."),
         ("--w=big", "--w=big: must be a number."),
@@ -135,6 +135,11 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("Error: Stage teacher: ")
 
 
+def test_fields_of_another_config_are_not_taken_for_those_of_the_run(smoke_run):
+    refused = main("--mode=evaluate", f"--workdir={smoke_run.path}", "--config.evaluation.num_samples=8")
+    failed(refused, 2, f"--config=configs/workdir.py:{smoke_run.path}")
+
+
 def test_samples_are_written_and_what_cannot_be_sampled_is_refused(smoke_run, tmp_path):
     done = main("--mode=sample", f"--workdir={smoke_run.path}", "--num=3", "--labels=1,2", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -165,3 +170,45 @@ def test_a_full_disk_loses_nothing_and_the_same_command_continues(tmp_path):
         assert "resumed at update 3 of 6" in done.stdout
     finally:
         subprocess.run(["umount", str(tmp_path)], check=False)
+
+
+def test_tables_need_no_run(tmp_path):
+    listed = main("--mode=table")
+    assert listed.returncode == 0
+    assert "progressive/2 (21 published figures)" in listed.stdout
+    shown = main("--mode=table", "--table=progressive/2", f"--out={tmp_path}")
+    assert shown.returncode == 0
+    assert "9.12           not measured" in shown.stdout
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".csv", ".png"}
+    refused = main("--mode=table", "--table=progressive/9")
+    assert refused.returncode == 2
+    assert "no table 'progressive/9'" in refused.stderr
+    absent = main("--mode=table", "--table=progressive/2", f"--results={tmp_path / 'nowhere'}")
+    assert absent.returncode == 1
+    assert "nowhere does not exist" in absent.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--mode=statistics", "--out=stats.npy"], 2, "needs --out=FILE.npz"),
+        (["--mode=evaluate", "--images=x.zip"], 2, "needs --reference=PATH"),
+        (["--mode=statistics", "--out=x.npz", "--inception_weights=absent.pth"], 1, "absent.pth is not a file"),
+        (["--mode=statistics", "--out=x.npz", "--inception_weights=README.md"], 1, "its sha256 is"),
+        (
+            ["--mode=run", "--config=configs/digits.py:smoke", "--config.evaluation.features=inception"],
+            1,
+            "fetch-weights",
+        ),
+        (["--mode=fetch-weights", "--inception_weights=README.md"], 1, "is there, but is not pt_inception"),
+    ],
+)
+def test_mistakes_about_evaluation_are_one_message(tmp_path, monkeypatch, arguments, code, message):
+    monkeypatch.delenv("DIFFDISTILL_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = main(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("Error: ") == 1
+    assert not (tmp_path / "run").exists()

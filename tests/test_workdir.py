@@ -37,6 +37,15 @@ def test_a_run_says_what_it_was_started_with(smoke_run):
     assert workdir.read(smoke_run.path).facts == smoke_run.run.facts
 
 
+def test_the_config_of_a_run_can_be_given_again(smoke_run):
+    from configs import workdir as of_run
+
+    again = of_run.get_config(str(smoke_run.path))
+    assert resolve(again) == workdir.read(smoke_run.path).config
+    with pytest.raises(ValueError, match="needs the folder of a run"):
+        of_run.get_config()
+
+
 def test_the_step_of_halving_is_traced_once_for_the_whole_chain(smoke_run):
     rounds = [stage for stage in smoke_run.run.stages if stage.method == "progressive"]
     assert len(rounds) == 2

@@ -67,7 +67,8 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    """Whether a file of a container is a picture by its name, and not hidden."""
     return name.lower().endswith(SUFFIXES) and not _hidden(name)
 
 
@@ -75,7 +76,7 @@ def _inside(container: Container, prefix: str) -> tuple[list[str], list[str]]:
     """Returns (names of folders, names of pictures) directly inside `prefix`, which is "" or ends with "/"."""
     parent = prefix.rstrip("/")
     folders = [f for f in container.folders if posixpath.dirname(f) == parent and f != parent and not _hidden(f)]
-    pictures = [name for name in container.sizes if posixpath.dirname(name) == parent and _is_picture(name)]
+    pictures = [name for name in container.sizes if posixpath.dirname(name) == parent and is_picture(name)]
     return sorted(posixpath.basename(folder) for folder in folders), pictures
 
 
@@ -109,7 +110,7 @@ def _classes(container: Container, root: str) -> tuple[tuple[str, ...], list[tup
     counts = [0] * len(folders)
     files = []
     for name in container.sizes:
-        if name.startswith(root) and _is_picture(name):
+        if name.startswith(root) and is_picture(name):
             label = labels[name[len(root) :].split("/", 1)[0]]
             counts[label] += 1
             files.append((name, label))

@@ -1,4 +1,4 @@
-"""Reads the pickles in which CIFAR-10 and downsampled ImageNet are published, executing nothing from them.
+"""Reads pickles of arrays (CIFAR-10, downsampled ImageNet, weights of JAX ports), executing nothing from them.
 
 A pickle may name any function of any module. Here six names of NumPy and one of the codecs are known, each replaced by
 an inert stand-in of our own; every other name is refused. NumPy itself never sees the pickled state, so a forged dtype
@@ -85,12 +85,12 @@ _KNOWN = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) not in _KNOWN:
-            raise DataError(f"the pickle names {module_name}.{global_name}, which has no place among images and labels")
+            raise DataError(f"the pickle names {module_name}.{global_name}, which has no place among arrays of numbers")
         return _KNOWN[module_name, global_name]
 
 
 def load(file: BinaryIO, title: str) -> dict[str, Any]:
-    """Returns the dict in a pickle: str keys; arrays, lists, numbers, bytes as values.
+    """Returns the dict in a pickle: str keys; arrays, numbers, bytes, and lists and dicts of them as values.
 
     Args:
       file: an open pickle of Python 2 or 3.
@@ -107,9 +107,15 @@ def load(file: BinaryIO, title: str) -> dict[str, Any]:
         raise DataError(f"{title} is damaged or truncated ({type(error).__name__}: {error}); fetch it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{title} holds a {type(content).__name__}, expected a dict of images and labels")
-    return {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): value.value
-        if isinstance(value, _Array)
-        else value
-        for key, value in content.items()
-    }
+    return _plain(content)
+
+
+def _plain(value: Any) -> Any:
+    """The same containers with NumPy's arrays in place of our stand-ins, and text as keys."""
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    if isinstance(value, dict):
+        return {key.decode("latin1") if isinstance(key, bytes) else str(key): _plain(v) for key, v in value.items()}
+    return value

@@ -77,7 +77,7 @@ def in_memory(source: Source, limit: int = MEMORY_LIMIT) -> Source:
     return replace(source, images=images, labels=labels, read=lambda index: (images[index], int(labels[index])))
 
 
-def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix64(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64 (Steele, Lea and Flood 2014): a bijection of 64-bit numbers whose output bits look independent."""
     numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -145,7 +145,7 @@ class Batches:
             positions = np.arange(self.rows.start, self.rows.stop, dtype=np.uint64) + np.uint64(
                 number * self.batch_size
             )
-            mirrored = (_mix(positions ^ self._flip_seed) >> np.uint64(63)).astype(bool)
+            mirrored = (mix64(positions ^ self._flip_seed) >> np.uint64(63)).astype(bool)
             batch["image"][mirrored] = batch["image"][mirrored][:, :, ::-1]
         return batch
 

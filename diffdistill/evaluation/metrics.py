@@ -1,96 +1,21 @@
 """Numbers about images: Frechet distance between Gaussians fitted to features, paired error, class accuracy.
 
-Everything here is float64 on the host: feature dimensions are small, and the covariances of good samples differ in
-digits that float32 does not have.
+Everything here is float64 on the host: the covariances of good samples differ in digits that float32 does not have.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums over n feature vectors, from which mean and covariance follow at any time.
-
-    `shift` (d,) is subtracted from every vector first (a rough mean, fixed in advance): sums of squares of numbers
-    far from zero lose the digits that the covariance consists of. Two Moments with one shift merge by addition, so
-    batches, hosts and restarts can be counted in any order. `dataclasses.asdict` gives what np.savez needs, and
-    `Moments(**np.load(...))` reads it back.
-    """
-
-    count: int
-    shift: np.ndarray
-    total: np.ndarray
-    outer: np.ndarray
-
-    def mean(self) -> np.ndarray:
-        """(d,) float64. Raises ValueError on an empty accumulator."""
-        if self.count < 1:
-            raise ValueError("the mean of no samples was asked for; add features first")
-        return self.shift + self.total / self.count
-
-    def covariance(self) -> np.ndarray:
-        """(d, d) float64 with divisor N - 1. Raises ValueError for fewer than two samples."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples; given {self.count}")
-        return (self.outer - np.outer(self.total, self.total) / self.count) / (self.count - 1)
-
-
-def empty_moments(dimension: int, shift: np.ndarray | None = None) -> Moments:
-    """An accumulator of nothing yet, for vectors of length `dimension`."""
-    shift = np.zeros(dimension) if shift is None else np.asarray(shift, np.float64)
-    if shift.shape != (dimension,):
-        raise ValueError(f"shift must have shape ({dimension},); given {shift.shape}")
-    return Moments(0, shift, np.zeros(dimension), np.zeros((dimension, dimension)))
-
-
-def add_features(moments: Moments, features: np.ndarray, valid: np.ndarray | None = None) -> Moments:
-    """features (B, d); `valid` (B,) bool leaves out padded rows. Returns new Moments."""
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or features.shape[1:] != moments.shift.shape:
-        raise ValueError(f"expected features (B, {len(moments.shift)}); given {features.shape}")
-    if valid is not None:
-        valid = np.asarray(valid, bool)
-        if valid.shape != features.shape[:1]:
-            raise ValueError(f"expected one validity flag per row, ({len(features)},); given {valid.shape}")
-        features = features[valid]
-    if not np.isfinite(features).all():
-        raise ValueError("the features hold a NaN or an infinity; the images or the feature network are broken")
-    centred = features - moments.shift
-    return replace(
-        moments,
-        count=moments.count + len(centred),
-        total=moments.total + centred.sum(0),
-        outer=moments.outer + centred.T @ centred,
-    )
-
-
-def merge(first: Moments, second: Moments) -> Moments:
-    """The moments of both sets together. Raises ValueError when their shifts differ."""
-    if not np.array_equal(first.shift, second.shift):
-        raise ValueError("moments with different shifts cannot be added; start both from the same empty_moments")
-    return replace(
-        first,
-        count=int(first.count) + int(second.count),
-        total=first.total + second.total,
-        outer=first.outer + second.outer,
-    )
-
-
-def moments_of(features: np.ndarray) -> Moments:
-    """The moments of one array (N, d), shifted by its own mean."""
-    features = np.asarray(features, np.float64)
-    return add_features(empty_moments(features.shape[1], features.mean(0)), features)
+from diffdistill.evaluation.moments import moments_of
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) between two Gaussians (Dowson & Landau 1982).
 
-    The eigenvalues of cov1 cov2 are those of L' cov2 L for any cov1 = L L', which is symmetric: no complex numbers,
-    no offset on the diagonal, and singular covariances are legal. Squared units of the features.
+    The eigenvalues of cov1 cov2 are those of L' cov2 L for any cov1 = L L', which is symmetric: no complex numbers and
+    no offset on the diagonal. Of singular covariances (fewer samples than features) the directions that are zero up
+    to rounding are left out: the root of a rounding error is a thousand times too large. Squared units of the features.
     """
     mean1, mean2 = np.asarray(mean1, np.float64), np.asarray(mean2, np.float64)
     cov1, cov2 = np.asarray(cov1, np.float64), np.asarray(cov2, np.float64)
@@ -101,12 +26,20 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
         )
     try:
         root = np.linalg.cholesky(cov1)
-    except np.linalg.LinAlgError:  # singular, or negative by rounding
-        values, vectors = np.linalg.eigh(cov1)
-        root = vectors * np.sqrt(np.clip(values, 0.0, None))
-    middle = root.T @ cov2 @ root
-    eigenvalues = np.clip(np.linalg.eigvalsh((middle + middle.T) / 2), 0.0, None)
-    return _distance(mean1, np.trace(cov1), mean2, np.trace(cov2), float(np.sqrt(eigenvalues).sum()))
+        np.linalg.cholesky(cov2)  # both must have one
+    except np.linalg.LinAlgError:
+        trace = float(np.linalg.svd(_root(cov1).T @ _root(cov2), compute_uv=False).sum())
+    else:
+        middle = root.T @ cov2 @ root
+        trace = float(np.sqrt(np.clip(np.linalg.eigvalsh((middle + middle.T) / 2), 0.0, None)).sum())
+    return _distance(mean1, np.trace(cov1), mean2, np.trace(cov2), trace)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """R (d, r) with R R' = covariance of rank r."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def frechet_distance_from_features(features1: np.ndarray, features2: np.ndarray) -> float:

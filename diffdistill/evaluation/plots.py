@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,95 @@ class Theme:
 
 LIGHT = Theme("#ffffff", "#24292f", "#e3e6ea", "#6e7781", "#bf6a02", "#1f5fd0", ("#8250df", "#1a7f5a", "#cf222e"))
 DARK = Theme("#161b22", "#d5dbe3", "#30363d", "#9aa4b0", "#e3a13c", "#6ba4ff", ("#b794f6", "#4cc38a", "#ff7b72"))
+_MANY = ("#1f5fd0", "#bf6a02", "#1a7f5a", "#cf222e", "#8250df", "#6e7781", "#0aa2c0", "#9a3a8c")
+MEASURED = "measured"
 DISTANCE_WIDTH, LOSS_WIDTH = 500, 340  # CSS pixels; the files have more, for sharp screens
 _MARKS = {"teacher": "s", "guided": "^", "distilled": "o"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a comparison.
+
+    Attributes:
+      label: what it is of; curves of one label have one colour.
+      points: (x, y).
+      origin: MEASURED here, or where the figures come from otherwise.
+      panel: the panel that it belongs to.
+      names: written beside the points, where given.
+    """
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    origin: str
+    panel: str = ""
+    names: tuple[str, ...] = ()
+
+
+def guidance_curve(label: str, origin: str, panel: str, by_w: Mapping[float, Mapping[str, float]]) -> Curve | None:
+    """The curve for `guidance_plot` out of {w: {"fid": ..., "is": ...}}; None for fewer than two complete weights."""
+    both = {w: values for w, values in sorted(by_w.items()) if {"fid", "is"} <= values.keys()}
+    if len(both) < 2:
+        return None
+    points = tuple((values["is"], values["fid"]) for values in both.values())
+    return Curve(label, points, origin, panel, tuple(f"{w:g}" for w in both))
+
+
+def steps_plot(title: str, curves: Sequence[Curve]) -> bytes:
+    """FID against sampling steps, both axes logarithmic, one panel per guidance weight: PNG bytes."""
+
+    def finish(axes: Any, chosen: Sequence[Curve]) -> None:
+        steps = sorted({int(x) for curve in chosen for x, _ in curve.points})
+        axes.set_xscale("log", base=2)
+        shown = steps if len(steps) < 9 else [2**power for power in range(0, max(steps).bit_length(), 2)]
+        axes.set_xticks(shown, [str(step) for step in shown])
+        axes.minorticks_off()
+        _decimal_log(axes, "y")
+        axes.set_xlabel("sampling steps", fontsize=9)
+        axes.set_ylabel("FID", fontsize=9)
+
+    return _comparison(title, curves, finish)
+
+
+def guidance_plot(title: str, curves: Sequence[Curve], theme: Theme = LIGHT) -> bytes:
+    """FID against inception score, one curve per number of steps, a point per guidance weight (its name): PNG bytes."""
+
+    def finish(axes: Any, chosen: Sequence[Curve]) -> None:
+        del chosen
+        _decimal_log(axes, "y")
+        axes.set_xlabel("inception score (higher is better)", fontsize=9, color=theme.text)
+        axes.set_ylabel("FID (lower is better)", fontsize=9, color=theme.text)
+
+    return _comparison(title, curves, finish, theme)
+
+
+def _comparison(
+    title: str, curves: Sequence[Curve], finish: Callable[[Any, Sequence[Curve]], None], theme: Theme = LIGHT
+) -> bytes:
+    panels = list(dict.fromkeys(curve.panel for curve in curves))
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    figure = _figure(4.2 * len(panels) + 0.4, 3.9 + 0.25 * -(-len(labels) // (2 * len(panels))), theme)
+    legend: dict[str, Any] = {}
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _style(axes, theme)
+        chosen = [curve for curve in curves if curve.panel == panel]
+        for curve in chosen:
+            colour = _MANY[labels.index(curve.label) % len(_MANY)]
+            style = {"linestyle": "-"} if curve.origin == MEASURED else {"linestyle": "--", "markerfacecolor": "none"}
+            xs, ys = zip(*curve.points, strict=True)
+            (line,) = axes.plot(xs, ys, color=colour, marker="o", markersize=5, linewidth=1.4, **style)
+            legend[f"{curve.label}, {curve.origin}"] = line
+            # Neighbouring curves lie close together: the first and the last are enough to tell the weights.
+            for name, x, y in zip(curve.names if curve in (chosen[0], chosen[-1]) else (), xs, ys, strict=False):
+                place = {"xytext": (4, 4), "textcoords": "offset points"}
+                axes.annotate(f"w {name}", (x, y), fontsize=7, color=theme.text, **place)
+        finish(axes, chosen)
+        axes.set_title(panel, fontsize=9, color=theme.text, loc="left")
+    figure.suptitle(title, fontsize=11, color=theme.text)
+    columns = max(1, min(len(legend), 2 * len(panels)))
+    style = {"frameon": False, "fontsize": 8, "labelcolor": theme.text}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, **style)
+    return _png(figure)
 
 
 def distance_plot(w: Weight, block: Block, theme: Theme = LIGHT) -> bytes:

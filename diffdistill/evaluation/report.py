@@ -23,7 +23,8 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.tables import Block, Entry, Weight
 
 LOG_SNR_RANGE = (-20.0, 20.0)
-PLOTTED = ("frechet_to_data", "frechet_to_teacher")
+INCEPTION = ("fid", "sfid", "is", "kid", "precision", "recall")
+PLOTTED = ("fid", *tables.DOMAIN)
 COST_COLUMNS = {"updates": "updates", "flops": "FLOP", "wall_seconds": "wall time"}
 EXPLANATION = (
     "Frechet distances are measured in the features of a small classifier trained on the same data; they compare "
@@ -31,6 +32,11 @@ EXPLANATION = (
     "teacher's own samples at its full number of steps with the same guidance weight: what distillation must "
     "preserve, since guidance moves away from the data by design. Paired RMSE starts both models from the same noise "
     "and is in units of the [-1, 1] pixel range. The best value of a column is shaded."
+)
+EXPLANATION_FID = (
+    "FID and its relatives compare the samples with reference statistics in the features of the Inception network; "
+    "evaluation/results.jsonl says with every figure which protocol, weights and reference it belongs to. "
+    "The best value of a column is shaded."
 )
 
 
@@ -52,7 +58,10 @@ def write_report(
     folder = path.parent
     arranged = tables.arrange(results)
     if arranged:
-        _save(folder / "distance.png", plots.overview_plot(arranged, PLOTTED))
+        present = {block.metric.name for blocks in arranged.values() for block in blocks}
+        plotted = [name for name in PLOTTED if name in present]
+        if plotted:
+            _save(folder / "distance.png", plots.overview_plot(arranged, plotted))
     weights: list[Weight] = list(arranged)
     weights += [w for w in dict.fromkeys(_weight(grid) for grid in grids) if w not in arranged]
     sections = [
@@ -68,10 +77,14 @@ def write_report(
     if not sections:
         sections = [page.section("results", "Results", page.missing("No results yet."))]
     links = [(f"weight-{index}", tables.weight_text(w)) for index, w in enumerate(weights)]
+    guidance = _guidance(folder, arranged)
+    if guidance:
+        sections.append(page.section("guidance", "FID against inception score over w", guidance))
+        links.append(("guidance", "FID against IS"))
     links += [("costs", "cost"), ("losses", "losses"), ("run", "run")]
     content = [
         f"<header><h1>{page.escape(title)}</h1>",
-        page.paragraph(EXPLANATION) if arranged else "",
+        *map(page.paragraph, _explanations(results)),
         page.tiles(_highlights(costs)),
         "</header>",
         *sections,
@@ -80,6 +93,11 @@ def write_report(
         page.section("run", "The run", _facts(facts or {})),
     ]
     return write_atomically(path, lambda file: file.write(page.page(title, links, content).encode()))
+
+
+def _explanations(results: Sequence[Entry]) -> list[str]:
+    texts = {EXPLANATION if entry["metric"] not in INCEPTION else EXPLANATION_FID: None for entry in results}
+    return [*texts, *(remark for remark in tables.remarks(results) if remark != tables.NOT_FID)]
 
 
 def _distances(folder: Path, w: Weight, blocks: Sequence[Block]) -> str:
@@ -94,6 +112,29 @@ def _distances(folder: Path, w: Weight, blocks: Sequence[Block]) -> str:
         alt = f"{block.metric.title} against sampling steps, {tables.weight_text(w)}"
         content.append(page.figure(light, alt, dark=dark, width=plots.DISTANCE_WIDTH))
     return page.figures(content)
+
+
+def _guidance(folder: Path, arranged: Mapping[Weight, Sequence[Block]]) -> str:
+    """One curve per number of steps, a point per guidance weight; empty where not both were measured at two weights."""
+    found: dict[tuple[str, int], dict[float, dict[str, float]]] = {}
+    for w, blocks in arranged.items():
+        for block in blocks:
+            if w is None or block.metric.name not in ("fid", "is"):
+                continue
+            for row in block.rows:
+                for step, value in row.values.items():
+                    found.setdefault((row.label, step), {}).setdefault(w, {})[block.metric.name] = value
+    curves = [
+        plots.guidance_curve(tables.steps_text(step), plots.MEASURED, label, by_w)
+        for (label, step), by_w in found.items()
+    ]
+    drawn = [curve for curve in curves if curve is not None]
+    if not drawn:
+        return ""
+    light, dark = (plots.guidance_plot("", drawn, theme) for theme in (plots.LIGHT, plots.DARK))
+    _save(folder / "plots" / "fid_is.png", light)
+    width = plots.DISTANCE_WIDTH * len({curve.panel for curve in drawn})
+    return page.figures([page.figure(light, "FID against inception score over w", dark=dark, width=width)])
 
 
 def _results_table(blocks: Sequence[Block], evaluations: Sequence[tables.Row]) -> str:

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from diffdistill.evaluation import program
+
 Record = dict[str, Any]
 Key = tuple[Any, ...]
 
@@ -53,7 +55,7 @@ def record(
     params_hash: str,
     **more: Any,
 ) -> Record:
-    """One measurement, dated now (UTC). `wall_time` in seconds; further facts may be added by keyword."""
+    """One measurement by this program, dated now (UTC). `wall_time` in seconds; further facts by keyword."""
     return {
         "stage": stage,
         "num_steps": int(num_steps),
@@ -68,6 +70,7 @@ def record(
         "wall_time": float(wall_time),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "params_hash": params_hash,
+        **program.about(),
         **more,
     }
 
@@ -109,6 +112,24 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
         except (ValueError, TypeError) as error:
             raise ResultsError(f"{path}, line {number}: not a JSON object ({error}); correct or delete it") from error
         records.append(entry)
+    return records
+
+
+def read_all(paths: Iterable[str | os.PathLike[str]]) -> list[Record]:
+    """The records of several files, and of every results.jsonl in a folder or below it.
+
+    Raises ResultsError where a path does not exist or a file cannot be read.
+    """
+    records = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(path.rglob("results.jsonl"))
+        elif path.exists():
+            files = [path]
+        else:
+            raise ResultsError(f"{path} does not exist; give results.jsonl files, or folders that hold them")
+        for file in files:
+            records += read(file)
     return records
 
 

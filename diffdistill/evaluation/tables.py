@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffdistill.weights import fetch
+
 Weight = float | None
 Entry = Mapping[str, Any]
 
@@ -20,9 +22,10 @@ class Metric:
     title: str
     lower_is_better: bool = True
     percent: bool = False
+    scale: float = 1.0
 
     def text(self, value: float) -> str:
-        return f"{100 * value:.1f} %" if self.percent else three_digits(value)
+        return f"{100 * value:.1f} %" if self.percent else three_digits(self.scale * value)
 
 
 METRICS = {
@@ -32,8 +35,16 @@ METRICS = {
         Metric("frechet_to_teacher", "Frechet distance to teacher"),
         Metric("paired_rmse_to_teacher", "Paired RMSE to teacher"),
         Metric("class_accuracy", "Class accuracy", lower_is_better=False, percent=True),
+        Metric("fid", "FID"),
+        Metric("sfid", "sFID"),
+        Metric("is", "Inception score", lower_is_better=False),
+        Metric("kid", "KID x 1000", scale=1000.0),
+        Metric("precision", "Precision", lower_is_better=False),
+        Metric("recall", "Recall", lower_is_better=False),
     )
 }
+DOMAIN = ("frechet_to_data", "frechet_to_teacher")
+NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
 DISTILLED = "distilled students"
 _SAMPLERS = {"ddim": "DDIM"}
 _ROUND = re.compile(r"round_\d+_steps_(\d+)")
@@ -74,31 +85,40 @@ def arrange(results: Iterable[Entry]) -> dict[Weight, list[Block]]:
     """Results by guidance weight, then by metric in the order of `METRICS`, then by model: teacher first.
 
     A halving student is measured at its own number of steps; the students of a chain share one row. Of repeated
-    measurements the last counts; different seeds are averaged.
+    measurements the last counts; other seeds of the same parameters, protocol and number of samples are averaged.
     """
     results = list(results)
     many_samplers = len({entry.get("sampler") for entry in results}) > 1
-    cells: dict[Weight, dict[str, dict[str, dict[int, dict[Any, float]]]]] = {}
+    cells: dict[Weight, dict[str, dict[str, dict[int, dict[Any, Any]]]]] = {}
     for entry in results:
         named = many_samplers or entry["stage"] == "teacher"
         label = row_label(entry["stage"], int(entry["num_steps"]), entry.get("sampler") if named else None)
         row = cells.setdefault(_weight(entry), {}).setdefault(entry["metric"], {}).setdefault(label, {})
-        row.setdefault(int(entry["num_steps"]), {})[entry.get("seed")] = float(entry["value"])
+        kind = tuple(entry.get(name) for name in ("params_hash", "protocol", "num_samples"))
+        seeds = row.setdefault(int(entry["num_steps"]), {})
+        if seeds.get("kind") != kind:
+            seeds.clear()
+        seeds |= {"kind": kind, entry.get("seed"): float(entry["value"])}
     known = list(METRICS)
     arranged: dict[Weight, list[Block]] = {}
     for w in sorted(cells, key=lambda w: -math.inf if w is None else w):
         names = sorted(cells[w], key=lambda name: known.index(name) if name in known else len(known))
         arranged[w] = [
             Block(
-                METRICS.get(name, Metric(name, name)),
+                metric_of(name),
                 tuple(
-                    Row(label, {step: sum(seeds.values()) / len(seeds) for step, seeds in sorted(row.items())})
+                    Row(label, {step: _mean(seeds) for step, seeds in sorted(row.items())})
                     for label, row in sorted(cells[w][name].items(), key=lambda item: _rank(item[0]))
                 ),
             )
             for name in names
         ]
     return arranged
+
+
+def _mean(seeds: Mapping[Any, Any]) -> float:
+    values = [value for seed, value in seeds.items() if seed != "kind"]
+    return sum(values) / len(values)
 
 
 def row_label(stage: str, num_steps: int, sampler: str | None = None) -> str:
@@ -118,6 +138,7 @@ def weight_text(w: Weight) -> str:
 
 def terminal_table(results: Iterable[Entry]) -> str:
     """Plain text for a terminal: per w and metric one row per model, one column per step count, the best starred."""
+    results = list(results)
     arranged = arrange(results)
     if not arranged:
         return "no results yet\n"
@@ -136,8 +157,31 @@ def terminal_table(results: Iterable[Entry]) -> str:
                     cells.append(f"{block.text(row, step):>9}" + ("*" if row in block.best(step) else " "))
                 lines.append(("    " + row.label).ljust(margin) + "".join(cells))
         lines.append("")
-    lines.append("* best of its column. Distances in the features of a small classifier of the same data, not FID.")
+    lines.append(" ".join(["* best of its column.", *remarks(results)]))
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def remarks(results: Iterable[Entry]) -> list[str]:
+    """What a reader could take for a published FID and is none."""
+    results = list(results)
+    own = {entry["weights_sha256"][:12] for entry in results if not fetch.is_inception(entry.get("weights_sha256"))}
+    found = [NOT_FID] if any(entry["metric"] in DOMAIN for entry in results) else []
+    mixed = [
+        words
+        for name, words in (("num_samples", "numbers of samples"), ("protocol", "protocols"))
+        if len({entry.get(name) for entry in results if entry["metric"] not in DOMAIN}) > 1
+        and any(entry["metric"] == "fid" for entry in results)
+    ]
+    if mixed:
+        found.append(f"Several {' and '.join(mixed)} are among these figures; results.jsonl says which is whose.")
+    if own:
+        found.append(f"Figures of the feature network {', '.join(sorted(own))} are not those of the published one.")
+    return found
+
+
+def metric_of(name: str) -> Metric:
+    """How the metric of a record is written; one that is not in METRICS goes by its own name."""
+    return METRICS.get(name, Metric(name, name))
 
 
 def cost_ratios(costs: Sequence[Entry], reference: str = "teacher") -> dict[str, float]:
@@ -183,6 +227,11 @@ def cost_text(name: str, cost: Entry) -> str:
     if isinstance(value, float):
         return three_digits(value)
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else str(value)
+
+
+def steps_text(number: int) -> str:
+    """A number of sampling steps in words."""
+    return f"{number} step{'s' * (number > 1)}"
 
 
 def three_digits(value: float) -> str:

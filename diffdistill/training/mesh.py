@@ -6,6 +6,7 @@ the whole batch, a random draw is the same draw on 1, 2 or 8 devices, and no met
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,6 +104,37 @@ def shard_batch(mesh: Mesh, batch: Any, axis: int = 0) -> Any:
 def shard_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
     """A global array, sharded along its first axis, out of all its rows, which every process holds."""
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda index: rows[index])
+
+
+def per_device(mesh: Mesh, function: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array], Any]:
+    """`function(everywhere, rows)` applied on each device to its own rows; what it returns is sharded by rows again."""
+    rows = PartitionSpec(AXIS)
+    return jax.shard_map(function, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+
+
+def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """This process's rows of an array that is sharded along its first axis: (numbers (R,), values (R, ...))."""
+    parts = {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
+    numbers = [np.arange(start, start + len(values)) for start, values in sorted(parts.items())]
+    return np.concatenate(numbers), np.concatenate([values for _, values in sorted(parts.items())])
+
+
+def all_rows(array: jax.Array) -> np.ndarray:
+    """The whole of an array that is sharded along its first axis, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def wait_for_all(where: str) -> None:
+    """Returns once every process has come here. No-op on a single process."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(where)
 
 
 def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:

@@ -20,14 +20,19 @@ class Progress(Protocol):
         ...
 
 
-def make_progress(stage: str, start: int, num_updates: int, stream: TextIO | None = None) -> Progress:
-    """A tqdm bar where `stream` (default stderr) is a terminal, log lines elsewhere, nothing on other processes."""
+def make_progress(
+    stage: str, start: int, num_updates: int, stream: TextIO | None = None, unit: str = "update"
+) -> Progress:
+    """A tqdm bar where `stream` (default stderr) is a terminal, log lines elsewhere, nothing on other processes.
+
+    `unit`: what is counted from `start` to `num_updates`, such as "update" or "image".
+    """
     out = sys.stderr if stream is None else stream
     if not meshes.is_main():
         return Silent()
     if out.isatty():
-        return Bar(stage, start, num_updates, out)
-    return Lines(stage, start, num_updates, out)
+        return Bar(stage, start, num_updates, out, unit)
+    return Lines(stage, start, num_updates, out, unit=unit)
 
 
 class Silent:
@@ -43,11 +48,11 @@ class Silent:
 class Bar:
     """Progress bar with rate and remaining time."""
 
-    def __init__(self, stage: str, start: int, num_updates: int, stream: TextIO) -> None:
+    def __init__(self, stage: str, start: int, num_updates: int, stream: TextIO, unit: str = "update") -> None:
         from tqdm import tqdm  # only a terminal needs it
 
         self._bar: Any = tqdm(
-            total=num_updates, initial=start, desc=stage, unit="update", file=stream, dynamic_ncols=True, smoothing=0.05
+            total=num_updates, initial=start, desc=stage, unit=unit, file=stream, dynamic_ncols=True, smoothing=0.05
         )
 
     def advance(self, update: int, metrics: Mapping[str, float]) -> None:
@@ -64,8 +69,16 @@ class Bar:
 class Lines:
     """One line every `interval` seconds, the first as soon as the first call is through, and one at the end."""
 
-    def __init__(self, stage: str, start: int, num_updates: int, stream: TextIO, interval: float = 10.0) -> None:
-        self._stage, self._start, self._total = stage, start, num_updates
+    def __init__(
+        self,
+        stage: str,
+        start: int,
+        num_updates: int,
+        stream: TextIO,
+        interval: float = 10.0,
+        unit: str = "update",
+    ) -> None:
+        self._stage, self._start, self._total, self._unit = stage, start, num_updates, unit
         self._stream, self._interval = stream, interval
         self._mark: tuple[float, int] | None = None  # time and update when the first call was through
         self._last = 0.0
@@ -84,7 +97,7 @@ class Lines:
         elapsed, done = now - self._mark[0], update - self._mark[1]
         rate = ""
         if done and elapsed > 0:
-            rate = f"  {done / elapsed:.3g} updates/s  {duration((self._total - update) * elapsed / done)} left"
+            rate = f"  {done / elapsed:.3g} {self._unit}s/s  {duration((self._total - update) * elapsed / done)} left"
         print(f"{self._stage}: {update}/{self._total}{loss}{rate}", file=self._stream, flush=True)
 
     def close(self) -> None:

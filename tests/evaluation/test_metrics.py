@@ -1,14 +1,12 @@
-"""Frechet distance against closed forms and scipy, the accumulator against numpy, and the two simple metrics."""
+"""Frechet distance against closed forms and scipy, and the two simple metrics."""
 
 from __future__ import annotations
-
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import scipy.linalg
 
-from diffdistill.evaluation import metrics
+from diffdistill.evaluation import metrics, moments
 
 
 def covariance(random: np.random.Generator, dimension: int, samples: int | None = None) -> np.ndarray:
@@ -76,6 +74,9 @@ def test_fewer_samples_than_dimensions_are_exact(first: int, second: int) -> Non
     root = np.trace(np.real(scipy.linalg.sqrtm(basis.T @ _product(cov1, cov2, first < second) @ basis)))
     expected = np.sum((features1.mean(0) - features2.mean(0)) ** 2) + np.trace(cov1 + cov2) - 2 * root
     assert metrics.frechet_distance_from_features(features1, features2) == pytest.approx(expected, rel=1e-6)
+    # From moments alone, as a stream of samples leaves them.
+    given = features1.mean(0), cov1, features2.mean(0), cov2
+    assert metrics.frechet_distance(*given) == pytest.approx(expected, rel=1e-9)
 
 
 def _product(cov1: np.ndarray, cov2: np.ndarray, first_smaller: bool) -> np.ndarray:
@@ -87,48 +88,6 @@ def test_many_samples_agree_with_the_covariances() -> None:
     features1, features2 = random.normal(size=(60, 10)), random.normal(size=(80, 10)) * 1.5
     direct = metrics.frechet_distance(features1.mean(0), np.cov(features1.T), features2.mean(0), np.cov(features2.T))
     assert metrics.frechet_distance_from_features(features1, features2) == pytest.approx(direct, rel=1e-10)
-
-
-def test_accumulated_moments_equal_those_of_all_features() -> None:
-    random = np.random.default_rng(8)
-    features = 1000.0 + random.normal(size=(250, 5))
-    moments = metrics.empty_moments(5, shift=features[:10].mean(0))
-    for start in range(0, 250, 64):
-        batch = np.full((64, 5), 1e9)  # padded rows hold rubbish
-        rows = features[start : start + 64]
-        batch[: len(rows)] = rows
-        moments = metrics.add_features(moments, batch, valid=np.arange(64) < len(rows))
-    assert moments.count == 250
-    np.testing.assert_allclose(moments.mean(), features.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(moments.covariance(), np.cov(features.T), rtol=1e-10, atol=1e-12)
-
-
-def test_moments_merge_and_survive_a_file(tmp_path) -> None:
-    random = np.random.default_rng(9)
-    features = random.normal(size=(100, 4)).astype(np.float32)
-    start = metrics.empty_moments(4, shift=features[0])
-    first, second = metrics.add_features(start, features[:30]), metrics.add_features(start, features[30:])
-    np.savez(tmp_path / "part.npz", **asdict(first))
-    with np.load(tmp_path / "part.npz") as file:
-        first = metrics.Moments(**file)
-    merged = metrics.merge(first, second)
-    assert merged.count == 100
-    np.testing.assert_allclose(merged.covariance(), np.cov(features.T.astype(np.float64)), rtol=1e-12)
-    np.testing.assert_allclose(merged.covariance(), metrics.moments_of(features).covariance(), rtol=1e-12)
-
-
-def test_moments_refuse_what_they_cannot_count() -> None:
-    empty = metrics.empty_moments(3)
-    with pytest.raises(ValueError, match="different shifts"):
-        metrics.merge(empty, metrics.empty_moments(3, shift=np.ones(3)))
-    with pytest.raises(ValueError, match=r"\(B, 3\).*given \(2, 4\)"):
-        metrics.add_features(empty, np.zeros((2, 4)))
-    with pytest.raises(ValueError, match="NaN"):
-        metrics.add_features(empty, np.full((2, 3), np.nan))
-    with pytest.raises(ValueError, match="at least 2 samples; given 0"):
-        empty.covariance()
-    with pytest.raises(ValueError, match="at least 2 samples"):
-        metrics.frechet_distance_from_features(np.zeros((1, 3)), np.zeros((9, 3)))
 
 
 def test_paired_rmse_is_in_units_of_the_pixel_range() -> None:
@@ -147,3 +106,19 @@ def test_class_accuracy_counts_agreement() -> None:
     assert metrics.class_accuracy(np.array([1, 2, 3, 3]), np.array([1, 2, 3, 0])) == 0.75
     with pytest.raises(ValueError, match="two label arrays"):
         metrics.class_accuracy(np.array([1, 2]), np.array([1]))
+
+
+def test_fewer_samples_than_inception_features_from_moments() -> None:
+    random = np.random.default_rng(11)
+    scale = np.exp(-np.arange(512) / 100)
+    features1, features2 = random.normal(size=(90, 512)) * scale, 1.1 * random.normal(size=(2000, 512)) * scale + 0.01
+    exact = metrics.frechet_distance_from_features(features1, features2)
+    first, second = moments.moments_of(features1), moments.moments_of(features2)
+    given = first.mean(), first.covariance(), second.mean(), second.covariance()
+    assert metrics.frechet_distance(*given) == pytest.approx(exact, rel=1e-9)
+    assert metrics.frechet_distance(*given[2:], *given[:2]) == pytest.approx(exact, rel=1e-9)
+
+
+def test_one_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        metrics.frechet_distance_from_features(np.zeros((1, 3)), np.zeros((9, 3)))
