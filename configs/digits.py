@@ -3,20 +3,22 @@
     python main.py
     python main.py --mode=run --config=configs/digits.py --workdir=runs/digits
 
-The data set is embedded in the package. Append ":smoke" for the same stages with a few tiny updates (a minute).
+The data set is embedded in the package. Append ":smoke" for the same stages with a few tiny updates (a minute), ":edm"
+for the same networks and updates with EDM's preconditioning, training noise, loss weight and samplers.
 """
 
 from typing import Any
 
+from diffdistill import presets
 from diffdistill.config import default_config, smoke
 
 
 def get_config(variant: str = "") -> Any:
-    """The settings; variant "smoke" for a few tiny updates."""
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/digits.py has no variant {variant!r}; there is 'smoke'.")
+    """The settings of a variant: "", "smoke", "edm" or "edm-smoke"."""
+    if variant not in ("", "smoke", "edm", "edm-smoke"):
+        raise ValueError(f"configs/digits.py has no variant {variant!r}; there are 'edm', 'smoke' and 'edm-smoke'.")
     config = default_config()
-    config.name = "digits-smoke" if variant else "digits"
+    config.name = f"digits-{variant}" if variant else "digits"
 
     model, teacher, guided, halving = config.model, config.teacher, config.guided, config.progressive
     model.channels, model.multipliers, model.embedding, model.num_groups = 32, (1, 2), 128, 8
@@ -35,4 +37,17 @@ def get_config(variant: str = "") -> Any:
 
     config.training.save_every = 200
     config.evaluation.num_samples, config.evaluation.guidance = 1000, (0.0, 1.0, 2.0)
-    return smoke(config) if variant else config
+    if variant.startswith("edm"):
+        _edm(config)
+    return smoke(config) if variant.endswith("smoke") else config
+
+
+def _edm(config: Any) -> None:
+    """EDM's recipe, with the noise levels that --mode=noise-levels proposes for these images."""
+    presets.apply(config, "edm")
+    config.model.sigma_data = 0.752
+    config.teacher.p_mean, config.teacher.p_std = -0.81, 0.93
+    config.process.log_snr_min, config.process.log_snr_max = -4.53, 6.763  # sigma from 0.034 to 9.63
+    config.sampling.sampler = "heun"
+    config.evaluation.samplers, config.evaluation.num_steps = ("ddim", "euler", "heun"), (1, 2, 4, 8, 18)
+    config.evaluation.guidance = (0.0, 1.0)

@@ -5,10 +5,13 @@ A plan is a tuple of :class:`Stage`. Adding a distillation method means one file
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from diffdistill.config import (
@@ -20,14 +23,15 @@ from diffdistill.config import (
     ProcessConfig,
     TeacherConfig,
 )
-from diffdistill.diffusion import parameterisation, schedules, weighting
+from diffdistill.data import augmentation
+from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import Method
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
 from diffdistill.methods.teacher import teacher
+from diffdistill.models import architectures
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.models.unet import UNet
 from diffdistill.training.state import Optimization, Updater
 
 
@@ -104,6 +108,15 @@ def schedule_of(process: ProcessConfig) -> Schedule:
     )
 
 
+@functools.cache
+def sampling_schedule_of(process: ProcessConfig, prediction: str) -> Schedule:
+    """The schedule as samplers see it: noise levels are those of the network's own table where it has one."""
+    schedule = schedule_of(process)
+    if prediction != "iddpm" or schedule.num_train_steps is not None:
+        return schedule
+    return dataclasses.replace(schedule, nearest_sigma=schedules.get("discrete_cosine").nearest_sigma)
+
+
 def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: float = 0.0) -> Denoiser:
     """The denoiser that a stage trains; network and output are the same in every stage but for the w branch."""
     embedding = config.guided.w_embedding if stage.conditioned_on_guidance else "none"
@@ -112,20 +125,26 @@ def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: floa
 
 @functools.cache
 def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dropout: float) -> Denoiser:
-    output = parameterisation.get(model.prediction)
+    output = parameterisation.get(model.prediction, **_sigma_data(model.prediction, model))
     num_classes = facts.num_classes if model.conditional else 0
-    network = UNet(
+    network = architectures.build(
+        model.architecture,
         channels=model.channels,
         multipliers=model.multipliers,
         embedding=model.embedding,
         output_channels=output.output_channels(facts.image_shape[-1]),
         blocks_per_level=model.blocks_per_level,
         attention_resolutions=model.attention_resolutions,
-        num_heads=None if model.head_dim else model.num_heads,
-        head_dim=model.head_dim or None,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
         dropout=dropout,
         num_classes=num_classes,
         guidance_embedding=guidance_embedding,
+        augmentation_features=model.augmentation_features,
+        encoder=model.encoder,
+        decoder=model.decoder,
+        noise_features=model.noise_features,
+        noise_frequencies=model.noise_frequencies,
         num_groups=model.num_groups,
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
@@ -134,18 +153,43 @@ def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dro
     return Denoiser(network, output, num_classes, facts.image_shape)
 
 
+def weight_of(model: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+    """The loss weight called `name`, told the standard deviation of the data where it asks for it."""
+    return weighting.get(name, **_sigma_data(name, model))
+
+
+def _sigma_data(name: str, model: ModelConfig) -> dict[str, float]:
+    return {"sigma_data": model.sigma_data} if name == "edm" else {}
+
+
+def noise_of(settings: TeacherConfig) -> Callable[[jax.Array], jax.Array] | None:
+    """The distribution of the noise that a teacher trains on; None where its schedule is to say it."""
+    if settings.noise == "schedule":
+        return None
+    own = {
+        "lognormal": {"p_mean": settings.p_mean, "p_std": settings.p_std},
+        "ve": {"sigma_min": settings.noise_sigma_min, "sigma_max": settings.noise_sigma_max},
+    }
+    return noise.get(settings.noise, **own.get(settings.noise, {}))
+
+
 def updater_of(stage: Stage) -> Updater:
     """Optimiser and average of the parameters of a stage."""
     settings = stage.settings
     return Updater(
         Optimization(
             learning_rate=settings.learning_rate,
-            warmup_updates=settings.warmup_updates,
+            warmup_updates=settings.warmup_updates or settings.warmup_images / settings.batch_size,
+            warmup_from_zero=settings.warmup_images > 0,
             anneal=settings.anneal,
             weight_decay=settings.weight_decay,
             gradient_clip=settings.gradient_clip,
+            eps=settings.adam_eps,
             ema_decay=settings.ema_decay,
             ema_ramp=settings.ema_ramp,
+            ema_half_life=settings.ema_half_life / settings.batch_size,
+            ema_ramp_ratio=settings.ema_ramp_ratio,
+            replace_non_finite=settings.non_finite == "replace",
         )
     )
 
@@ -168,10 +212,13 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     settings = stage.settings
     denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)
     schedule = schedule_of(config.process)
-    weight, updater = weighting.get(settings.weight), updater_of(stage)
-    common: dict[str, Any] = {"stratified": settings.stratified_times}
+    weight, updater = weight_of(config.model, settings.weight), updater_of(stage)
+    common: dict[str, Any] = {"stratified": settings.stratified_times, "parts": settings.parts}
     if isinstance(settings, TeacherConfig):
-        return teacher(denoiser, schedule, weight, updater, label_dropout=settings.label_dropout, **common)
+        common |= {"label_dropout": settings.label_dropout, "noise": noise_of(settings)}
+        if settings.augmentation:
+            common["augment"] = functools.partial(augmentation.augment, probability=settings.augmentation)
+        return teacher(denoiser, schedule, weight, updater, **common)
     if isinstance(settings, GuidedConfig):
         teacher_network = _denoiser(config.model, "none", facts, 0.0)
         return distillation(

@@ -7,12 +7,13 @@ Exit codes: 0 done; 1 the run failed (data, disk, checkpoint); 2 wrong usage or 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def define_flags() -> None:
         "or images made elsewhere (--images). plan: show what a run would do. sample: images from a stage. prepare: "
         "images -> ArrayRecord (--config.data.image_size and --config.data.channels convert). statistics: of the "
         "images of --config.data, for later evaluations. table: published figures beside measured ones. "
-        "fetch-weights: the Inception network.",
+        "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
+        "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
+        "how fast the teacher trains here.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -44,16 +47,27 @@ def define_flags() -> None:
     flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
     flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
     flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
-    flags.DEFINE_string("sampler", "", "sample: ddim or ancestral (default from the config).")
+    flags.DEFINE_string(
+        "sampler", "", "sample: ddim, ancestral, euler, heun, churn or ablation (default from the config)."
+    )
     flags.DEFINE_integer("num", 0, "sample: number of images (default 100, or as many as there are latents).")
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
-    flags.DEFINE_list("labels", [], "sample: classes by number or name, repeated in turn (default all classes).")
+    flags.DEFINE_list(
+        "labels",
+        [],
+        "sample: classes by number or name, or an .npy file of numbers or one-hot rows; repeated in turn (default all "
+        "classes).",
+    )
+    flags.DEFINE_enum(
+        "quantisation", "", ["", "edm", "adm", "none"], "sample: how images become bytes; none: float32 in [-1, 1]."
+    )
     flags.DEFINE_string("latents", "", "sample: .npy file with the initial noise, (num, H, W, C) float32.")
     flags.DEFINE_string(
         "out",
         "",
         "sample: folder for samples.png and samples.npz (default <workdir>/samples). statistics: the .npz file to "
-        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl.",
+        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl. benchmark: "
+        "file to which records are appended.",
     )
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
@@ -62,7 +76,13 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", "", "evaluate --images: statistics (.npz), or images as --images takes them.")
     flags.DEFINE_string("table", "", "table: which, such as progressive/2; without it all are listed.")
     flags.DEFINE_list("results", ["runs"], "table: results.jsonl files, or folders that are searched for them.")
-    flags.DEFINE_string("source", "", "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches.")
+    flags.DEFINE_string(
+        "source",
+        "",
+        "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches. import: whose format the file is "
+        "in, edm, guided-diffusion or progressive.",
+    )
+    flags.DEFINE_string("output", "", "import --source=progressive: what the network puts out, x or v (default x).")
     flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
     flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")
@@ -172,7 +192,7 @@ def _explain_config(error: Exception) -> str:
 
 
 def _main(arguments: list[str]) -> None:
-    if len(arguments) > 1:
+    if len(arguments) > 1 and FLAGS.mode != "import":
         _fail(
             f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
         )
@@ -203,7 +223,8 @@ def _main(arguments: list[str]) -> None:
     interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
-            MODES[FLAGS.mode](interrupt)
+            mode = functools.partial(_import, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
+            mode(interrupt)
         except (Interrupted, EvaluationInterrupted) as stop:
             _stop(str(stop))
             sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)
@@ -270,22 +291,29 @@ def _evaluate(interrupt: Any) -> None:
     from diffdistill.training.mesh import is_main
 
     config = _config()
-    folder = workdir.read(_workdir(config))
-    if any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
-        if config.name != folder.config.name and not FLAGS["config"].present:
-            _fail(
-                f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given "
-                f"are those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
-                EXIT_USAGE,
-            )
-        folder = folder.measured_as(config)
-    source = in_memory(runner.open_data(folder.config)[0])
+    folder = _as_asked(workdir.read(_workdir(config)), config)
+    # An imported model may be compared with published statistics, without any images here.
+    needs_images = folder.has_data or not folder.config.evaluation.reference
+    source = in_memory(runner.open_data(folder.config)[0]) if needs_images else None
     evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=_say)
     costs = list(stage_costs(folder))  # on every process: checkpoints are opened by all together
     if is_main():
         save_overview(folder, source)
         table, page = write_report(folder, costs)
         _say(f"{table}\nReport: {page}")
+
+
+def _as_asked(folder: Any, config: Any) -> Any:
+    """A run, sampled and evaluated as the command line says, where it says anything of a config."""
+    if not any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
+        return folder
+    if config.name != folder.config.name and not FLAGS["config"].present:
+        _fail(
+            f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given are "
+            f"those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
+            EXIT_USAGE,
+        )
+    return folder.measured_as(config)
 
 
 def _evaluate_images(interrupt: Any) -> None:
@@ -339,13 +367,51 @@ def _plan(interrupt: Any) -> None:
     _say(plan.describe(_config()))
 
 
+def _import(interrupt: Any, paths: Sequence[str] = ()) -> None:
+    del interrupt
+    from diffdistill.import_model import import_model
+
+    if len(paths) != 1 or not FLAGS.source:
+        _fail(
+            "--mode=import needs --source=edm, guided-diffusion or progressive, and the path of one file: "
+            f"main.py --mode=import --source=edm FILE --workdir=FOLDER; given {' '.join(paths) or 'no path'}.",
+            EXIT_USAGE,
+        )
+    options: dict[str, Any] = {"prediction": FLAGS.output} if FLAGS.output else {}
+    if FLAGS.config.data.image_size:
+        options["image_size"] = FLAGS.config.data.image_size
+    folder = FLAGS.workdir or str(Path("runs") / Path(paths[0]).stem)
+    import_model(FLAGS.source, paths[0], folder, options, say=_say)
+
+
+def _benchmark(interrupt: Any) -> None:
+    del interrupt
+    import json
+
+    from diffdistill import benchmark
+
+    records = benchmark.run(_config(), _say)
+    if FLAGS.out:
+        with open(FLAGS.out, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def _noise_levels(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill import noise_levels, runner
+
+    _say(noise_levels.propose(runner.open_images(_config())).text())
+
+
 def _sample(interrupt: Any) -> None:
     del interrupt
-    from diffdistill import sample
+    from diffdistill import sample, sample_files
 
-    path = _workdir(FLAGS.config)  # the run says all else itself
-    sample.to_files(
-        Path(path) / FLAGS.stage if FLAGS.stage else Path(path),
+    config = _config()
+    folder, stage = sample.locate(_workdir(config), FLAGS.stage)
+    sample_files.to_files(
+        _as_asked(folder, config),
+        stage,
         out=FLAGS.out,
         num=FLAGS.num,
         seed=FLAGS.seed,
@@ -354,6 +420,7 @@ def _sample(interrupt: Any) -> None:
         w=FLAGS.w,
         num_steps=FLAGS.steps or None,
         sampler=FLAGS.sampler or None,
+        quantisation=FLAGS.quantisation,
         say=_say,
     )
 
@@ -390,6 +457,9 @@ MODES: dict[str, Callable[[Any], None]] = {
     "statistics": _statistics,
     "table": _table,
     "fetch-weights": _fetch_weights,
+    "import": _import,
+    "noise-levels": _noise_levels,
+    "benchmark": _benchmark,
 }
 
 

@@ -8,18 +8,14 @@ back into these dataclasses, which is all that the library sees.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from diffdistill import fields
-from diffdistill.diffusion import parameterisation, schedules, weighting
-from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
-from diffdistill.fields import ConfigError
-from diffdistill.samplers import SAMPLERS
+from diffdistill import config_checks, fields
+from diffdistill.fields import ConfigError as ConfigError
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,10 @@ class ProcessConfig:
 class ModelConfig:
     """The network and what it predicts."""
 
-    prediction: str = "v"  # x | eps | v | both | edm
+    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
+    sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
+    architecture: str = "unet"  # unet | ddpmpp | ncsnpp | edm_adm
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2)
     embedding: int = 512
@@ -61,7 +59,13 @@ class ModelConfig:
     attention_resolutions: tuple[int, ...] = (8,)
     num_heads: int = 1  # used where head_dim is 0
     head_dim: int = 0
-    num_groups: int = 32
+    num_groups: int = 32  # of ddpmpp, ncsnpp and edm_adm: at most, with four channels each at least
+    augmentation_features: int = 0  # length of the augmentation label, of all but unet
+    # Empty or 0: the architecture's own.
+    encoder: str = ""  # standard | residual | skip, of ddpmpp and ncsnpp
+    decoder: str = ""  # standard | skip, of ddpmpp and ncsnpp
+    noise_features: int = 0  # width of the embedding of the noise level, of all but unet
+    noise_frequencies: tuple[float, ...] = ()  # constants of ncsnpp, noise_features / 2 of them
     dtype: str = "float32"  # compute type; parameters stay float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
     attention: str = "auto"
@@ -74,12 +78,18 @@ class OptimizationConfig:
     num_updates: int = 0
     batch_size: int = 128
     learning_rate: float = 2e-4
+    parts: int = 1  # equal parts of a batch whose gradients are averaged: less memory, the same update in expectation
     warmup_updates: int = 0
+    warmup_images: int = 0  # instead of warmup_updates: linear from 0 at the first update
     anneal: Literal["constant", "linear"] = "constant"  # constant | linear (to zero at the end of the stage)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
+    adam_eps: float = 1e-8
     ema_decay: float = 0.0  # 0: no average
     ema_ramp: bool = False  # decay min(ema_decay, (1 + n) / (10 + n)) at update n, for short runs
+    ema_half_life: int = 0  # images, instead of ema_decay
+    ema_ramp_ratio: float = 0.0  # the half-life is at most this share of the images seen; 0: no bound
+    non_finite: Literal["stop", "replace"] = "stop"  # replace: gradients that are NaN count as 0, as in EDM
     dropout: float = 0.0
     weight: str = "snr_trunc"
     stratified_times: bool = False
@@ -90,6 +100,13 @@ class TeacherConfig(OptimizationConfig):
     """Training on data."""
 
     label_dropout: float = 0.1
+    augmentation: float = 0.0  # probability of EDM's augmentations (data.augmentation); 0: none, not even flips
+    # How noisy the examples are: as the schedule at uniform t, or, whatever the schedule: lognormal | vp | ve | iddpm.
+    noise: str = "schedule"
+    p_mean: float = -1.2  # of lognormal: ln s is normal with this mean and p_std, s = sigma / alpha
+    p_std: float = 1.2
+    noise_sigma_min: float = 0.02  # of ve: ln s is uniform between the logarithms of these
+    noise_sigma_max: float = 100.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,22 @@ class SamplingConfig:
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
     # edm: to the nearest byte; adm: truncated, as in the papers that evaluate with ADM's code
     quantisation: str = "edm"
+    # Of euler, heun, churn and ablation: noise levels s = sigma / alpha from sigma_max to sigma_min (0: the published
+    # ends), spread by rho, never beyond what the process has; alpha of steps of second order (1 Heun, 1/2 midpoint).
+    sigma_min: float = 0.0
+    sigma_max: float = 0.0
+    rho: float = 7.0
+    alpha: float = 1.0
+    # Of churn: heun.TUNED_CHURN holds the published choices.
+    s_churn: float = 40.0
+    s_tmin: float = 0.05
+    s_tmax: float = 50.0
+    s_noise: float = 1.003
+    # Of ablation.
+    solver: str = "heun"  # euler | heun
+    discretisation: str = "edm"  # edm | vp | ve | iddpm
+    noise_schedule: str = "linear"  # linear | vp | ve
+    scaling: str = "none"  # none | vp
 
 
 @dataclass(frozen=True)
@@ -182,7 +215,7 @@ def smoke(config: Any) -> Any:
     model = config.model
     model.channels, model.embedding, model.num_groups, model.blocks_per_level = 8, 16, 4, 1
     model.multipliers, model.attention_resolutions, model.dtype = (1, 2), (4,), "float32"
-    model.num_heads, model.head_dim = 1, 0
+    model.num_heads, model.head_dim, model.noise_features, model.noise_frequencies = 1, 0, 0, ()
     for stage in (config.teacher, config.guided, config.progressive):
         stage.num_updates, stage.batch_size = min(stage.num_updates, 6), 16
         stage.warmup_updates = min(stage.warmup_updates, 2)
@@ -204,7 +237,7 @@ def resolve(settings: Any) -> Config:
     if hasattr(settings, "to_dict"):
         settings = settings.to_dict()
     config = fields.build(Config, settings, "config")
-    _check(config)
+    config_checks.check(config)
     return config
 
 
@@ -225,154 +258,3 @@ def expected(path: str) -> str:
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values that json can write."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _check(config: Config) -> None:
-    _check_names(config)
-    _check_ranges(config)
-    _check_combinations(config)
-
-
-def _check_names(config: Config) -> None:
-    fields.one_of("config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record"])
-    fields.one_of("config.process.schedule", config.process.schedule, list(schedules.SCHEDULES))
-    fields.one_of("config.model.prediction", config.model.prediction, list(parameterisation.PARAMETERISATIONS))
-    fields.one_of("config.model.dtype", config.model.dtype, ["float32", "bfloat16"])
-    fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
-    fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
-    fields.one_of("config.sampling.sampler", config.sampling.sampler, list(SAMPLERS))
-    fields.one_of("config.sampling.quantisation", config.sampling.quantisation, list(QUANTISATIONS))
-    for index, sampler in enumerate(config.evaluation.samplers):
-        fields.one_of(f"config.evaluation.samplers[{index}]", sampler, list(SAMPLERS))
-    fields.one_of("config.evaluation.protocol", config.evaluation.protocol, list(PROTOCOLS))
-    if config.evaluation.reference_protocol:
-        fields.one_of("config.evaluation.reference_protocol", config.evaluation.reference_protocol, list(PROTOCOLS))
-    for name in ("teacher", "guided", "progressive"):
-        stage: OptimizationConfig = getattr(config, name)
-        fields.one_of(f"config.{name}.weight", stage.weight, list(weighting.WEIGHTS))
-
-
-def _check_ranges(config: Config) -> None:
-    def least(where: str, value: float, low: float, high: float = float("inf")) -> None:
-        if not low <= value <= high:
-            bound = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise ConfigError(f"{where} is {value!r}, but must be {bound}.")
-
-    for name in ("teacher", "guided", "progressive"):
-        stage: OptimizationConfig = getattr(config, name)
-        where = f"config.{name}"
-        least(f"{where}.num_updates", stage.num_updates, 1 if name == "teacher" else 0)
-        least(f"{where}.batch_size", stage.batch_size, 1)
-        least(f"{where}.learning_rate", stage.learning_rate, 1e-12)
-        least(f"{where}.warmup_updates", stage.warmup_updates, 0)
-        least(f"{where}.weight_decay", stage.weight_decay, 0.0)
-        least(f"{where}.gradient_clip", stage.gradient_clip, 0.0)
-        least(f"{where}.dropout", stage.dropout, 0.0, 0.999)
-        least(f"{where}.ema_decay", stage.ema_decay, 0.0, 0.999999)
-    least("config.teacher.label_dropout", config.teacher.label_dropout, 0.0, 1.0)
-    least("config.progressive.final_num_updates", config.progressive.final_num_updates, 0)
-    least("config.process.num_train_steps", config.process.num_train_steps, 2)
-    for name in ("log_every", "save_every", "keep"):
-        least(f"config.training.{name}", getattr(config.training, name), 1)
-    least("config.training.updates_per_call", config.training.updates_per_call, 0)
-    least("config.sampling.batch_size", config.sampling.batch_size, 1)
-    least("config.sampling.variance_fraction", config.sampling.variance_fraction, 0.0, 1.0)
-    least("config.evaluation.num_samples", config.evaluation.num_samples, 0)
-    least("config.evaluation.reference_images", config.evaluation.reference_images, 0)
-    least("config.evaluation.reservoir", config.evaluation.reservoir, 2)
-    for index, seed in enumerate(config.evaluation.seeds):
-        least(f"config.evaluation.seeds[{index}]", seed, 0, 2**31 - 1 - config.evaluation.num_samples)
-    seeds = sorted(config.evaluation.seeds)
-    for one, other in itertools.pairwise(seeds):
-        if other - one < config.evaluation.num_samples:
-            raise ConfigError(
-                f"config.evaluation.seeds {config.evaluation.seeds} are numbers of first images, but {one} and {other} "
-                f"are less than config.evaluation.num_samples = {config.evaluation.num_samples} apart: "
-                "they would share images."
-            )
-    for index, steps in enumerate(config.evaluation.num_steps):
-        least(f"config.evaluation.num_steps[{index}]", steps, 1)
-    for name in ("channels", "embedding", "blocks_per_level", "num_groups"):
-        least(f"config.model.{name}", getattr(config.model, name), 1)
-    least("config.data.image_size", config.data.image_size, 0)
-    least("config.data.channels", config.data.channels, 0)
-    least("config.seed", config.seed, 0)
-    if config.evaluation.num_samples == 1:
-        raise ConfigError("config.evaluation.num_samples is 1, but a distance needs 2 or more; 0 leaves it out.")
-    if config.evaluation.reference_images == 1:
-        raise ConfigError("config.evaluation.reference_images is 1, but statistics need 2 or more; 0 takes all.")
-    try:
-        process = config.process
-        schedules.get(
-            process.schedule,
-            log_snr_min=process.log_snr_min,
-            log_snr_max=process.log_snr_max,
-            num_train_steps=process.num_train_steps,
-        )
-    except ValueError as error:
-        raise ConfigError(f"config.process: {error}") from error
-
-
-def _check_combinations(config: Config) -> None:
-    model, guided, progressive = config.model, config.guided, config.progressive
-    if not model.multipliers:
-        raise ConfigError("config.model.multipliers is empty: it needs one entry per resolution, such as (1, 2).")
-    for multiplier in model.multipliers:
-        if model.channels * multiplier % model.num_groups:
-            raise ConfigError(
-                f"config.model.channels x multiplier = {model.channels * multiplier} cannot be split into "
-                f"config.model.num_groups = {model.num_groups} groups of equal size."
-            )
-    if guided.num_updates:
-        if not model.conditional:
-            raise ConfigError(
-                "config.guided.num_updates is positive, but config.model.conditional is False: guidance needs classes. "
-                "Set config.model.conditional=True, or config.guided.num_updates=0 to distil without guidance."
-            )
-        if config.teacher.label_dropout == 0.0:
-            raise ConfigError(
-                "config.guided needs a teacher with a null class, but config.teacher.label_dropout is 0. "
-                "Set it to 0.1, or config.guided.num_updates=0."
-            )
-        if guided.w_min > guided.w_max:
-            raise ConfigError(f"config.guided.w_min ({guided.w_min}) is above config.guided.w_max ({guided.w_max}).")
-    if progressive.num_updates:
-        _check_halving(config)
-    if config.data.source == "digits" and config.data.path:
-        raise ConfigError(
-            f"config.data.path is {config.data.path!r}, but the digits are embedded in the package. "
-            "Set config.data.source to idx, images, tfds or array_record to read a path."
-        )
-    if len(config.data.image_shape) not in (0, 3):
-        raise ConfigError(
-            f"config.data.image_shape is {config.data.image_shape}, but must be (height, width, channels) or ()."
-        )
-
-
-def _check_halving(config: Config) -> None:
-    start, end = config.progressive.start_steps, config.progressive.end_steps
-    ratio = start // end if end > 0 and start % end == 0 else 0
-    if end < 1 or ratio < 2 or ratio & (ratio - 1):
-        raise ConfigError(
-            f"config.progressive.start_steps ({start}) must be end_steps ({end}) doubled once or more, such as "
-            "1024 and 1: every round halves the number of steps."
-        )
-    discrete = config.process.schedule.startswith("discrete")
-    if discrete and config.process.num_train_steps % start:
-        raise ConfigError(
-            f"config.process.num_train_steps ({config.process.num_train_steps}) is not a multiple of "
-            f"config.progressive.start_steps ({start}): the times of the sampler would not be times of the teacher."
-        )
-    at_noise = float(weighting.get(config.progressive.weight)(config.process.log_snr_min))
-    if at_noise < 1e-3:
-        raise ConfigError(
-            f"config.progressive.weight={config.progressive.weight!r} is {at_noise:.2g} at t = 1, where every student "
-            "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
-            "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
-        )
-    if config.model.prediction == "eps":
-        raise ConfigError(
-            "config.model.prediction='eps' cannot be distilled progressively: towards zero signal-to-noise the output "
-            "no longer determines x (Salimans & Ho 2022, section 4). Use 'v', 'x' or 'both', or set "
-            "config.progressive.num_updates=0 to train the teacher alone."
-        )

@@ -22,7 +22,8 @@ from diffdistill.data.contract import Source
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.judges.contract import SHOWN, Judge, Measurement
-from diffdistill.sample import Generator, Samples, load_stage, save_grid
+from diffdistill.sample import Generator, Samples, load_stage, samplers_for
+from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.progress import make_progress
@@ -57,7 +58,11 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
                 # A round is measured at its own number of steps, whatever the list says.
                 steps = (stage.num_steps,) if stage.num_steps else evaluation.num_steps
                 steps = (full, *steps) if stage.name == "teacher" and with_reference else steps
-                asked = [Measurement(stage, num_steps, sampler, w, seed) for sampler in samplers for num_steps in steps]
+                asked = [
+                    Measurement(stage, num_steps, sampler, w, seed)
+                    for sampler in samplers_for(stage, samplers)
+                    for num_steps in steps
+                ]
                 yield from (item for item in dict.fromkeys(asked) if item != reference)
 
 
@@ -68,7 +73,7 @@ def default_seed(seed: int) -> int:
 
 def evaluate(
     folder: Workdir,
-    source: Source,
+    source: Source | None,
     interrupt: Interrupt,
     *,
     inception_weights: str = "",
@@ -78,7 +83,7 @@ def evaluate(
 
     Args:
       folder: of a run with at least its teacher finished.
-      source: the run's data.
+      source: the run's data; None where its figures need none.
       interrupt: looked at between two measurements, and within long ones.
       inception_weights: path of the Inception network; empty: the environment variable or the cache.
 
@@ -149,7 +154,7 @@ class _Model:
         if item.seed == _first_seed(self.folder):
             self.show(item, figures.shown)
         known = {
-            "network_evaluations": self.generator.network_evaluations(item.num_steps, item.w),
+            "network_evaluations": self.generator.network_evaluations(item.num_steps, item.w, item.sampler),
             "hardware": meshes.describe(meshes.make_mesh()),
             "wall_time": figures.seconds,
         }
@@ -181,7 +186,7 @@ class _Model:
             num_samples=config.evaluation.num_samples,
             seed=item.seed,
             params_hash=self.digest,
-            protocol=self.judge.protocol(self.generator),
+            protocol=self.judge.protocol(item, self.generator),
             config=config.name,
             dataset=config.data.dataset or config.data.source,
             conditional=config.model.conditional,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -33,7 +34,7 @@ def summary(run: runner.Run) -> str:
 
 def describe(config: Config) -> str:
     """The resolved config, every tensor, and the stages with their parameters, FLOPs and memory. Trains nothing."""
-    facts, images = _data(config)
+    facts, images = data_facts(config)
     stages = chain.plan(config)
     lines = [json.dumps(configs.to_dict(config), indent=2), ""]
     lines += [f"parameters of {stages[-1].name}:", _tensors(config, stages[-1], facts), ""]
@@ -70,7 +71,7 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _data(config: Config) -> tuple[DataFacts, str]:
+def data_facts(config: Config) -> tuple[DataFacts, str]:
     """Shape and classes of the images: of the data, or, before there is a path, what the config is made for."""
     data = config.data
     if data.source == "digits" or data.path or len(data.image_shape) != 3:
@@ -90,7 +91,11 @@ def _tensors(config: Config, stage: Stage, facts: DataFacts) -> str:
 
 def flops_per_update(config: Config, stage: Stage, facts: DataFacts) -> float:
     """Floating-point operations of one update of the whole batch, as XLA counts them before optimisation."""
-    return _flops(config, chain.method_of(config, stage, facts), stage.settings.batch_size, facts)
+    # XLA counts the body of a loop over parts once; the whole batch at once has the same operations.
+    settings = dataclasses.replace(stage.settings, parts=1)
+    config = dataclasses.replace(config, **{stage.method: settings})
+    stage = dataclasses.replace(stage, settings=settings)
+    return _flops(config, chain.method_of(config, stage, facts), settings.batch_size, facts)
 
 
 @functools.cache
@@ -126,11 +131,11 @@ def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
 
 
 def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
-    """Bytes of the training state, the teacher and what the student's backward pass keeps for a whole batch."""
+    """Bytes of the training state, the teacher and what the student's backward pass keeps for a part of the batch."""
     method = chain.method_of(config, stage, facts)
     state, frozen = _abstract(config, method, facts)
     denoiser = chain.denoiser_of(config, stage, facts)
-    size = stage.settings.batch_size
+    size = stage.settings.batch_size // stage.settings.parts
 
     def residuals(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> Any:
         condition = Condition(
@@ -148,7 +153,8 @@ def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
         vector,
     )
     # The residuals include the parameters themselves, which the state holds already.
-    return _bytes(state) + _bytes(frozen) + max(0, _bytes(kept) - _bytes(state.params)) + _bytes(state.params)
+    gradients = _bytes(state.params) * (2 if stage.settings.parts > 1 else 1)  # of the part, and their sum so far
+    return _bytes(state) + _bytes(frozen) + max(0, _bytes(kept) - _bytes(state.params)) + gradients
 
 
 def _bytes(tree: Any) -> int:

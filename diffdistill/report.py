@@ -40,7 +40,7 @@ def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str,
     return f"{tables.terminal_table(measured)}\n{tables.terminal_costs(costs)}", page
 
 
-def save_overview(folder: Workdir, source: Source) -> Path | None:
+def save_overview(folder: Workdir, source: Source | None) -> Path | None:
     """Writes overview.png: a row of data, one of the teacher, one per student, each column from the same noise.
 
     Shows the middle guidance weight of the config, two columns per class. None where nothing was measured.
@@ -66,8 +66,9 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
                 rows.append((name, kept["images"][first]))
     if not rows:
         return None
-    data = gather(source, range(min(len(source), 2000)))
-    rows.insert(0, ("data", data["image"][_first_of_each_class(data["label"], folder.facts.num_classes)]))
+    if source is not None:
+        data = gather(source, range(min(len(source), 2000)))
+        rows.insert(0, ("data", data["image"][_first_of_each_class(data["label"], folder.facts.num_classes)]))
     columns = min(len(tiles) for _, tiles in rows)
     tiles = np.concatenate([row[:columns] for _, row in rows])
     picture = images.grid(tiles, len(rows), columns, row_labels=[name for name, _ in rows])
@@ -75,7 +76,9 @@ def save_overview(folder: Workdir, source: Source) -> Path | None:
 
 
 def _first_of_each_class(labels: np.ndarray, num_classes: int, count: int = 2) -> np.ndarray:
-    """The places of the first `count` examples of every class, class after class."""
+    """The places of the first `count` examples of every class, class after class; of few without classes."""
+    if num_classes < 2:
+        return np.arange(min(len(labels), 10 * count))
     return np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(num_classes)])
 
 

@@ -48,22 +48,27 @@ class Run:
 
 def open_data(config: Config) -> tuple[Source, DataFacts]:
     """The images of a config and what networks need to know of them. Raises DataError or ConfigError."""
+    source = open_images(config)
+    facts = DataFacts(source.image_shape, source.num_classes, tuple(source.class_names))
+    chain.check_data(config, facts)
+    return source, facts
+
+
+def open_images(config: Config) -> Source:
+    """The images of a config, whether its network fits them or not. Raises DataError or ConfigError."""
     data = config.data
     if data.source != "digits" and not data.path:
         raise ConfigError(
             f"config.data.path is empty: config.data.source={data.source!r} needs one, such as "
             "--config.data.path=FOLDER."
         )
-    source = open_source(
+    return open_source(
         source=data.source,
         path=data.path or None,
         split=data.split,
         image_size=data.image_size or None,
         channels=data.channels or None,
     )
-    facts = DataFacts(source.image_shape, source.num_classes, tuple(source.class_names))
-    chain.check_data(config, facts)
-    return source, facts
 
 
 def prepare(config: Config, path: str) -> Run:
@@ -77,7 +82,7 @@ def prepare(config: Config, path: str) -> Run:
     stages = chain.plan(config)
     for stage in stages:
         try:
-            meshes.process_slice(stage.settings.batch_size)
+            meshes.process_slice(stage.settings.batch_size // stage.settings.parts)
             jax.eval_shape(chain.denoiser_of(config, stage, facts).init, jax.random.key(0))
             chain.updater_of(stage)
         except ValueError as error:
@@ -176,6 +181,7 @@ def _train_stage(
             log_every=config.training.log_every,
             meta={"stage": stage.name, "seconds": meta.get("seconds", 0.0)},
             interrupt=interrupt,
+            stop_at_non_finite=stage.settings.non_finite == "stop",
         )
     finally:
         writer.close()

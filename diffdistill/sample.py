@@ -6,11 +6,12 @@ the same picture in a batch of one or of fifty thousand, on one device or on eig
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from diffdistill import chain, runner, samplers, workdir
 from diffdistill.chain import Stage
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.evaluation import images, protocols
+from diffdistill.evaluation import protocols
 from diffdistill.evaluation.stream import Chunk
 from diffdistill.models.denoiser import Condition, Denoiser, guided
 from diffdistill.training import mesh as meshes
@@ -34,7 +35,10 @@ class SampleError(ValueError):
 
 @dataclass(frozen=True)
 class Samples:
-    """Images (N, H, W, C) uint8 with the labels (N,) and seeds (N,) that made them."""
+    """Images (N, H, W, C) with the labels (N,) and seeds (N,) that made them.
+
+    Images are uint8, or, of a generator whose quantisation is "none", float32 in units of [-1, 1], not clipped.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -52,7 +56,8 @@ class Generator:
       num_steps: the number of steps that it is meant for.
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
-      sampler, clip, variance_fraction, quantisation, batch_size: defaults of `sample`.
+      sampler, clip, quantisation, batch_size: defaults of `sample`.
+      settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
 
     name: str
@@ -64,7 +69,7 @@ class Generator:
     has_null_class: bool = False
     sampler: str = "ddim"
     clip: bool = True
-    variance_fraction: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     quantisation: str = "edm"
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
@@ -91,7 +96,8 @@ class Generator:
           w: guidance weight, (1 + w) conditional - w unconditional; 0 is no guidance.
           num_steps: steps of the sampler; by default those that the stage was trained for.
           sampler: a name of samplers.SAMPLERS.
-          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds'.
+          latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds', for any sampler: those
+            of EDM multiply it by their first noise level themselves.
           progress: called with the number of images done so far.
 
         Raises:
@@ -99,12 +105,18 @@ class Generator:
         """
         num_steps = self.num_steps if num_steps is None else num_steps
         settings = {"labels": labels, "w": w, "num_steps": num_steps, "sampler": sampler, "latents": latents}
-        pictures = np.empty((num, *self.denoiser.image_shape), np.uint8)
+        dtype = np.float32 if self.quantisation == "none" else np.uint8
+        pictures = np.empty((num, *self.denoiser.image_shape), dtype)
         for chunk in self.stream(num, seed=seed, **settings):
             pictures[chunk.first : chunk.stop] = meshes.all_rows(chunk.images)[: chunk.stop - chunk.first]
             progress(chunk.stop)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
-        return Samples(pictures, self._labels(seeds, labels), seeds, self.network_evaluations(num_steps, w))
+        return Samples(
+            pictures,
+            self._labels(seeds, labels),
+            seeds,
+            self.network_evaluations(num_steps, w, sampler or self.sampler),
+        )
 
     def stream(
         self,
@@ -144,14 +156,15 @@ class Generator:
         wanted = min(self.batch_size, 2 ** math.ceil(math.log2(num)))
         return -(-wanted // devices) * devices
 
-    def network_evaluations(self, num_steps: int, w: float) -> int:
-        """Evaluations of the network per image."""
-        return num_steps * (2 if self._two_branches(w) else 1)
+    def network_evaluations(self, num_steps: int, w: float, sampler: str) -> int:
+        """Evaluations of the network per image: those of the sampler, each twice where two branches guide the model."""
+        settings = samplers.settings_of(sampler, self.settings)
+        return samplers.num_evaluations(sampler, num_steps, settings) * (2 if self._two_branches(w) else 1)
 
-    def settings_text(self) -> str:
-        """The defaults that a figure about the samples depends on, in words."""
-        clip = "clip" if self.clip else "no clip"
-        return f"{clip}, variance fraction {self.variance_fraction:g}, {self.quantisation} quantisation"
+    def settings_text(self, sampler: str) -> str:
+        """What samples of one seed depend on besides steps, sampler and w, in words."""
+        own = [f"{name} {value}" for name, value in samplers.settings_of(sampler, self.settings).items()]
+        return ", ".join(["clip" if self.clip else "no clip", *own, f"{self.quantisation} quantisation"])
 
     def _two_branches(self, w: float) -> bool:
         return self.guidance_range is None and w != 0.0
@@ -217,7 +230,7 @@ class Generator:
             self.schedule,
             sampler,
             self.clip,
-            self.variance_fraction,
+            tuple(samplers.settings_of(sampler, self.settings).items()),
             self.quantisation,
             two_branches,
             self.guidance_range is not None,
@@ -230,14 +243,13 @@ def _compiled(
     schedule: Schedule,
     sampler: str,
     clip: bool,
-    variance_fraction: float,
+    settings: tuple[tuple[str, Any], ...],
     quantisation: str,
     two_branches: bool,
     takes_guidance: bool,
 ) -> Callable[..., jax.Array]:
     """One compiled program for every stage with these networks, every number of steps and every w."""
     model = guided(denoiser) if two_branches else denoiser
-    settings = {"variance_fraction": variance_fraction} if sampler == "ancestral" else {}
     mesh = meshes.make_mesh()
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
@@ -264,11 +276,17 @@ def _compiled(
             num_steps,
             keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             clip=clip,
-            **settings,
+            **dict(settings),
         )
         return protocols.quantise(x, quantisation)
 
     return run
+
+
+def samplers_for(stage: Stage, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Those of the samplers `wanted` that suit a stage; a round of halving has learnt the steps of DDIM alone."""
+    suitable = tuple(name for name in wanted if not stage.num_steps or name in samplers.SCHEDULED)
+    return suitable or ("ddim",)
 
 
 def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
@@ -283,10 +301,19 @@ def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
       SampleError: the run has no such finished stage.
       CheckpointError: its checkpoint cannot be read.
     """
+    return load_from(*locate(path, stage))
+
+
+def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]:
+    """(the run, the name of its stage) of a workdir or the folder of a stage in it. Raises WorkdirError."""
     folder = Path(path)
     if not stage and not (folder / "config.json").exists() and (folder.parent / "config.json").exists():
         folder, stage = folder.parent, folder.name
-    opened = workdir.read(folder)
+    return workdir.read(folder), stage
+
+
+def load_from(opened: Workdir, stage: str = "") -> Generator:
+    """The same as `load` of an opened run, which may be sampled otherwise than it was to be (Workdir.measured_as)."""
     done = list(runner.finished(opened))
     chosen = [each for each in done if each.name == stage] if stage else done[-1:]
     if not chosen:
@@ -303,105 +330,14 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         name=stage.name,
         denoiser=chain.denoiser_of(config, stage, folder.facts),
         params=runner.read_params(folder, stage, meshes.make_mesh()),
-        schedule=chain.schedule_of(config.process),
+        schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
         has_null_class=stage.method == "teacher" and config.model.conditional and config.teacher.label_dropout > 0,
-        sampler=config.sampling.sampler,
+        sampler=samplers_for(stage, (config.sampling.sampler,))[0],
         clip=config.sampling.clip,
-        variance_fraction=config.sampling.variance_fraction,
+        settings=dataclasses.asdict(config.sampling),
         quantisation=config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
     )
-
-
-def to_files(
-    path: str | os.PathLike[str],
-    *,
-    out: str,
-    num: int,
-    seed: int,
-    labels: Sequence[str],
-    latents: str,
-    w: float,
-    num_steps: int | None,
-    sampler: str | None,
-    say: Callable[[str], Any],
-) -> None:
-    """Samples a stage and writes <out>/samples.png and <out>/samples.npz; the arguments are those of the command line.
-
-    num = 0 means as many as there are latents, or 100.
-
-    Raises:
-      SampleError: latents that cannot be read, or anything that `Generator.sample` refuses.
-      WorkdirError: a folder that cannot be written.
-    """
-    from tqdm import tqdm
-
-    generator = load(path)
-    root = Path(path) if (Path(path) / "config.json").exists() else Path(path).parent
-    folder = Path(out) if out else root / "samples"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise workdir.WorkdirError(
-            f"the folder {folder} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
-        ) from error
-    noise = _read_latents(latents) if latents else None
-    num = num or (100 if noise is None else len(noise))
-    with tqdm(total=num, desc="sampling", unit="image", delay=2, disable=None) as bar:
-        samples = generator.sample(
-            num,
-            seed=seed,
-            labels=labels or None,
-            w=w,
-            num_steps=num_steps,
-            sampler=sampler,
-            latents=noise,
-            progress=lambda done: bar.update(done - bar.n),
-        )
-    if not meshes.is_main():
-        return
-    save_grid(folder / "samples.png", samples, generator, max(10, int(np.ceil(np.sqrt(num)))))
-    images.save_npz(folder / "samples.npz", samples.images, samples.labels, samples.seeds)
-    say(
-        f"{num} images from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
-        f"{samples.network_evaluations} network evaluations each: {folder / 'samples.png'}, {folder / 'samples.npz'}"
-    )
-
-
-def save_grid(path: Path, samples: Samples, generator: Generator, columns: int) -> None:
-    """Writes a PNG of samples, at most `columns` wide: rows are classes, named at the left, each as far as it goes.
-
-    Images of a model without classes fill the rows in order.
-    """
-    if not generator.denoiser.num_classes:
-        rows = -(-len(samples.images) // columns)
-        images.save_png(path, images.grid(samples.images, rows, min(columns, len(samples.images))))
-        return
-    groups = [np.flatnonzero(samples.labels == label)[:columns] for label in range(generator.denoiser.num_classes)]
-    present = [(label, group) for label, group in enumerate(groups) if len(group)]
-    width = max(len(group) for _, group in present)
-    if len(present) > max(20, 4 * width):  # many classes with hardly an image each: a plain grid in order of class
-        order = np.argsort(samples.labels, kind="stable")
-        images.save_png(path, images.grid(samples.images[order], -(-len(order) // columns), columns))
-        return
-    tiles = np.full((len(present), width, *samples.images.shape[1:]), images.BACKGROUND, np.uint8)
-    for row, (_, group) in enumerate(present):
-        tiles[row, : len(group)] = samples.images[group]
-    names = [generator.class_names[label] if generator.class_names else str(label) for label, _ in present]
-    flat = tiles.reshape(-1, *samples.images.shape[1:])
-    images.save_png(path, images.grid(flat, len(present), width, row_labels=names))
-
-
-def _read_latents(path: str) -> np.ndarray:
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise SampleError(f"--latents={path} cannot be read: {error.strerror}.") from error
-    except (ValueError, EOFError) as error:
-        raise SampleError(
-            f"--latents={path} is not an .npy file of numbers ({error}); write it with numpy.save."
-        ) from error

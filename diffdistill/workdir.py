@@ -27,29 +27,39 @@ class WorkdirError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """A run's folder with what its config.json records."""
+    """A run's folder with what its config.json records.
+
+    has_data: whether it is bound to certain images; an imported model is not, until it is distilled.
+    """
 
     path: Path
     config: Config
     facts: DataFacts
+    has_data: bool = True
 
     def stage(self, name: str) -> Path:
         """Folder of a stage."""
         return self.path / name
 
     def measured_as(self, config: Config) -> Workdir:
-        """The same run, sampled and evaluated as another config says."""
+        """The same run, sampled and evaluated as another config says; one without images takes those too."""
         changed = dataclasses.replace(self.config, evaluation=config.evaluation, sampling=config.sampling)
+        if not self.has_data:
+            changed = dataclasses.replace(changed, data=config.data)
         return dataclasses.replace(self, config=changed)
 
 
-def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str, *, write: bool) -> Workdir:
+def create(
+    path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None, *, write: bool
+) -> Workdir:
     """Opens the folder of a run for training: makes it, or checks that it belongs to the same config and data.
+
+    The settings of stages that have not begun may differ from those of the start before.
 
     Args:
       path: the folder.
       config, facts: of this run.
-      fingerprint: of the data.
+      fingerprint: of the data; None: of none yet, for a run whose first stage was not trained here.
       write: False on all but one of several processes.
 
     Raises:
@@ -62,10 +72,12 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
     }
     file = folder / "config.json"
     starts: list[dict[str, Any]] = []
+    imported = fingerprint is None
     trained = folder.is_dir() and any(folder.glob("*/*/_CHECKPOINT_METADATA"))
     if trained and file.exists():
         _check_same(file, record)
-        starts = _load(file).get("starts", [])
+        before = _load(file)
+        starts, imported = before.get("starts", []), before.get("imported", False)
     elif trained:
         raise WorkdirError(
             f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore "
@@ -75,7 +87,7 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
         try:
             folder.mkdir(parents=True, exist_ok=True)
             about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            text = json.dumps({**record, "starts": [*starts, about]}, indent=2) + "\n"
+            text = json.dumps({**record, "imported": imported, "starts": [*starts, about]}, indent=2) + "\n"
             write_atomically(file, lambda stream: stream.write(text.encode()))
         except OSError as error:
             raise WorkdirError(
@@ -101,7 +113,7 @@ def read(path: str | os.PathLike[str]) -> Workdir:
     try:
         data = record["data"]
         facts = DataFacts(tuple(data["image_shape"]), data["num_classes"], tuple(data["class_names"]))
-        return Workdir(folder, configs.resolve(record["config"]), facts)
+        return Workdir(folder, configs.resolve(record["config"]), facts, data["fingerprint"] is not None)
     except (KeyError, TypeError, configs.ConfigError) as error:
         raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
 
@@ -117,13 +129,23 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     before = _load(file)
 
     def trained(config: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in config.items() if name not in _FREE}
+        return {name: value for name, value in config.items() if name not in (*_FREE, *later)}
 
+    later = _not_begun(file.parent)
+    unbound = before.get("imported", False) and len(later) == 2  # nothing was learnt here yet
+    if unbound:
+        later.append("process")  # an imported network knows noise levels, not times
     there = before.get("config", {})
     with contextlib.suppress(configs.ConfigError):
         there = configs.to_dict(configs.resolve(there))  # a field that is younger than the run had its default
+    data = before.get("data", {})
+    if unbound:  # only the shape of the images is given
+        here = {**record["data"], **{name: data.get(name) for name in ("fingerprint", "class_names")}}
+        if not there.get("model", {}).get("conditional"):
+            here["num_classes"] = data.get("num_classes")
+        record = {**record, "config": {**record["config"], "data": there.get("data")}, "data": here}
     changes = fields.differences(trained(there), trained(record["config"]))
-    if not changes and before.get("data") != record["data"]:
+    if not changes and data != record["data"]:
         changes = ["the images themselves are others than those that the run was started with"]
     if changes:
         shown = "\n  ".join(changes[:12] + (["..."] if len(changes) > 12 else []))
@@ -131,3 +153,9 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
             f"{file.parent} holds a run of another config (there -> here):\n  {shown}\n"
             "Give the same config to continue that run, or another --workdir to start a new one."
         )
+
+
+def _not_begun(folder: Path) -> list[str]:
+    """The groups of the config whose stages have no checkpoint."""
+    stages = {"guided": "guided", "progressive": "round_*"}
+    return [name for name, pattern in stages.items() if not any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA"))]

@@ -69,10 +69,16 @@ def test_a_good_command_line_is_accepted(parse):
         ("--config.data.flip=maybe", "--config.data.flip=maybe: must be True or False."),
         ("--config.teacher=5", "--config.teacher=5: must be a group of fields: num_updates"),
         ("--config.model.multipliers=(1,", "must be a list of whole numbers, such as (1, 2)."),
-        ("--config=configs/digits.py:smok", "configs/digits.py has no variant 'smok'; there is 'smoke'."),
+        (
+            "--config=configs/digits.py:smok",
+            "configs/digits.py has no variant 'smok'; there are 'edm', 'smoke' and 'edm-smoke'.",
+        ),
         ("--config=configs/nosuch.py", "cannot be read: No such file or directory: 'configs/nosuch.py'."),
         ("--config=configs", "cannot be read: Is a directory: 'configs'."),
-        ("--mode=nosuch", "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights>"),
+        (
+            "--mode=nosuch",
+            "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights|import|noise-levels|benchmark>",
+        ),
         ("--mod=train", "Did you mean: mode"),
         ("--num=ten", "--num=ten: must be a whole number."),
         ("--w=big", "--w=big: must be a number."),

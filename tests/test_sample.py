@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import diffdistill
-from diffdistill import sample
+from diffdistill import sample, sample_files
 from diffdistill.sample import SampleError
 from diffdistill.workdir import WorkdirError
 
@@ -52,7 +52,7 @@ def test_load_takes_a_run_or_one_of_its_stages(smoke_run, student, teacher):
         diffdistill.load(smoke_run.path.parent)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "churn"])
 def test_an_image_depends_on_its_seed_alone(teacher, sampler):
     settings = {"num_steps": 3, "sampler": sampler}
     batch = teacher.sample(12, **settings)
@@ -93,6 +93,38 @@ def test_guidance_costs_the_teacher_two_branches_and_the_student_none(teacher, s
 
 
 @pytest.mark.parametrize(
+    ("sampler", "evaluations"), [("euler", 3), ("heun", 5), ("churn", 5), ("ablation", 5), ("ancestral", 3)]
+)
+def test_evaluations_are_those_of_the_sampler(teacher, sampler, evaluations):
+    samples = teacher.sample(1, num_steps=3, sampler=sampler)
+    assert samples.network_evaluations == evaluations
+    assert teacher.network_evaluations(3, 1.0, sampler) == 2 * evaluations
+
+
+def test_samplers_get_their_settings_from_the_config(teacher):
+    def changed(**settings):
+        return dataclasses.replace(teacher, settings={**teacher.settings, **settings})
+
+    assert teacher.settings["rho"] == 7.0
+    heun = teacher.sample(4, num_steps=3, sampler="heun")
+    assert changed(solver="euler").sample(1, num_steps=3, sampler="ablation").network_evaluations == 3
+    np.testing.assert_array_equal(teacher.sample(4, num_steps=3, sampler="ablation").images, heun.images)
+    np.testing.assert_array_equal(changed(s_churn=0.0).sample(4, num_steps=3, sampler="churn").images, heun.images)
+    for setting in ({"rho": 3.0}, {"sigma_max": 5.0}, {"alpha": 0.5}):
+        assert not same(changed(**setting).sample(4, num_steps=3, sampler="heun").images, heun.images)
+        ddim = teacher.sample(4, num_steps=3)
+        np.testing.assert_array_equal(changed(**setting).sample(4, num_steps=3).images, ddim.images)
+
+
+def test_heun_starts_from_latents_of_unit_variance(teacher, student):
+    """Of guided models too: the two branches of a teacher, the w of a student."""
+    given = np.stack([noise(seed) for seed in (4, 5)])
+    for model, w in ((teacher, 1.0), (student, 1.0)):
+        expected = model.sample(2, seed=4, w=w, num_steps=3, sampler="heun")
+        assert same(model.sample(2, seed=4, w=w, num_steps=3, sampler="heun", latents=given).images, expected.images)
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"num": 0}, "0 images"),
@@ -121,7 +153,8 @@ def test_what_a_model_cannot_give_is_refused(student, arguments, words):
 def write(path, out, **changes) -> list[str]:
     said: list[str] = []
     settings = {"num": 4, "seed": 0, "labels": [], "latents": "", "w": 0.0, "num_steps": None, "sampler": None}
-    sample.to_files(path, out=str(out), say=said.append, **{**settings, **changes})
+    settings["quantisation"] = ""
+    sample_files.to_files(*sample.locate(path), out=str(out), say=said.append, **{**settings, **changes})
     return said
 
 

@@ -5,12 +5,12 @@ an inert stand-in of our own; every other name is refused. NumPy itself never se
 cannot make it touch wrong memory.
 """
 
-import pickle
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.data import unpickling
 from diffdistill.data.contract import DataError
 
 _KINDS = ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
@@ -82,11 +82,9 @@ _KNOWN = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in _KNOWN:
-            raise DataError(f"the pickle names {module_name}.{global_name}, which has no place among arrays of numbers")
-        return _KNOWN[module_name, global_name]
+class _Unpickler(unpickling.Unpickler):
+    known = _KNOWN
+    stateful = (_Dtype, _Array)
 
 
 def load(file: BinaryIO, title: str) -> dict[str, Any]:
@@ -101,21 +99,32 @@ def load(file: BinaryIO, title: str) -> dict[str, Any]:
     """
     try:
         content = _Unpickler(file, encoding="bytes").load()
+    except unpickling.Refused as error:
+        raise DataError(f"{title} is refused: the pickle {error}") from error
     except DataError as error:
         raise DataError(f"{title} is refused: {error}") from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(f"{title} is damaged or truncated ({type(error).__name__}: {error}); fetch it again") from error
     if not isinstance(content, dict):
         raise DataError(f"{title} holds a {type(content).__name__}, expected a dict of images and labels")
-    return _plain(content)
+    return _plain(content, {})
 
 
-def _plain(value: Any) -> Any:
-    """The same containers with NumPy's arrays in place of our stand-ins, and text as keys."""
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """The same containers with NumPy's arrays in place of our stand-ins, and text as keys.
+
+    done: what was made of each container so far; a small file may hold one of them a million times.
+    """
     if isinstance(value, _Array):
         return value.value
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    if isinstance(value, dict):
-        return {key.decode("latin1") if isinstance(key, bytes) else str(key): _plain(v) for key, v in value.items()}
-    return value
+    if not isinstance(value, list | tuple | dict):
+        return value
+    if id(value) not in done:
+        if isinstance(value, dict):
+            done[id(value)] = {
+                key.decode("latin1") if isinstance(key, bytes) else str(key): _plain(v, done)
+                for key, v in value.items()
+            }
+        else:
+            done[id(value)] = type(value)(_plain(v, done) for v in value)
+    return done[id(value)]

@@ -1,17 +1,26 @@
-"""What a network is given and what its output means: x, eps, v, both, or EDM's preconditioned F.
+"""What a network is given and what its output means: x, eps, v, both, or F of a preconditioning.
+
+The preconditionings are the columns of table 1 of Karras et al. 2022 ("Elucidating the design space"), each in its
+authors' own scaling of input and time: vp, ve, iddpm, edm. With s = ve_sigma and z_ve = z / alpha,
+x_hat = c_skip z_ve + c_out F(c_in z_ve; c_noise).
 
 Images and outputs are (B, H, W, C or 2C); log_snr is (B,) or scalar.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from diffdistill.diffusion import names
-from diffdistill.diffusion.process import alpha, angle, expand, sigma
+from diffdistill.diffusion import names, schedules
+from diffdistill.diffusion.process import alpha, angle, expand, sigma, ve_sigma, vp_to_ve
+
+NUM_NOISE_LEVELS = 1000  # M of vp and iddpm
 
 
 def x_from_eps(eps_hat: Array, z: Array, log_snr: ArrayLike) -> Array:
@@ -145,12 +154,49 @@ def _edm(*, sigma_data: float = 0.5) -> Parameterisation:
     return Parameterisation("edm", _same_channels, network_input, network_time, to_x, target)
 
 
+def _vp() -> Parameterisation:
+    # c_in z_ve = z, and F is eps.
+    def network_time(log_snr: ArrayLike) -> Array:
+        # log(1 + s^2) = softplus(-log_snr): exact for small s, where 1 + s^2 rounds to 1.
+        exponent = jax.nn.softplus(-jnp.asarray(log_snr, dtype=float))
+        return (NUM_NOISE_LEVELS - 1) * schedules.vp_time(exponent)
+
+    return dataclasses.replace(_eps(), name="vp", network_time=network_time)
+
+
+def _ve() -> Parameterisation:
+    def network_time(log_snr: ArrayLike) -> Array:
+        return -0.5 * jnp.asarray(log_snr, dtype=float) - math.log(2.0)  # ln(s / 2)
+
+    return Parameterisation(
+        "ve",
+        _same_channels,
+        vp_to_ve,
+        network_time,
+        to_x=lambda output, z, log_snr: x_from_eps(-output, z, log_snr),  # c_out = +s
+        target=lambda x, eps, log_snr: -eps,
+    )
+
+
+def _iddpm() -> Parameterisation:
+    # As vp, but the network knows only the times 0..M-1 of its own table (Nichol & Dhariwal 2021).
+    sigmas = schedules.discrete_sigmas(schedules.cosine_betas(NUM_NOISE_LEVELS))
+
+    def network_time(log_snr: ArrayLike) -> Array:
+        return schedules.nearest_index(sigmas, ve_sigma(log_snr)).astype(float)
+
+    return dataclasses.replace(_eps(), name="iddpm", network_time=network_time)
+
+
 PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
     "x": _x,
     "eps": _eps,
     "v": _v,
     "both": _both,
     "edm": _edm,
+    "vp": _vp,
+    "ve": _ve,
+    "iddpm": _iddpm,
 }
 
 

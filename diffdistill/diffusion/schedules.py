@@ -1,22 +1,30 @@
 """Noise schedules: log-SNR as a function of time t in [0, 1], from clean (t = 0) to noise (t = 1).
 
 Every schedule is clipped to [log_snr_min, log_snr_max], so t = 0 and t = 1 are legal inputs of everything downstream.
-The native times of ve (sigma^2) and edm (sigma) are divided by their ends, sigma_max^2 and sigma_max.
+The native times of ve (sigma^2) and edm (sigma) are divided by their ends, sigma_max^2 and sigma_max. Equal steps of
+karras are the noise levels that EDM's samplers take (rho = 7): sigma^(1/7) is linear in t between its bounds.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from diffdistill.diffusion import names
+from diffdistill.diffusion.process import ve_sigma
 
 VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021, as in Karras et al. 2022, table 1
 VE_SIGMA_MAX = 100.0
 EDM_SIGMA_MAX = 80.0
+KARRAS_RHO = 7.0
+
+
+def _every_sigma(s: ArrayLike) -> Array:
+    return jnp.asarray(s, dtype=float)
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,20 @@ class Schedule:
 
     `log_snr` maps t in [0, 1], any shape, to log-SNR of the same shape, decreasing in t. `num_train_steps` is the
     length T of a discrete schedule, whose times are n/T and which rounds any other t to the nearest of them; it is
-    None for a continuous one.
+    None for a continuous one. `nearest_sigma` rounds a noise level in VE form, any shape, to those of the times
+    1/T..1 of a discrete schedule; a continuous one has them all.
     """
 
     name: str
     log_snr: Callable[[ArrayLike], Array]
     num_train_steps: int | None = None
+    nearest_sigma: Callable[[ArrayLike], Array] = _every_sigma
+
+    def sigma_range(self) -> tuple[float, float]:
+        """The least and the greatest noise level in VE form, exp(-log_snr / 2), that the schedule has."""
+        with jax.ensure_compile_time_eval():  # plain numbers also where a sampler is being traced
+            first = 0.0 if self.num_train_steps is None else 1.0 / self.num_train_steps
+            return float(ve_sigma(self.log_snr(first))), float(ve_sigma(self.log_snr(1.0)))
 
 
 def linear_betas(num_train_steps: int) -> np.ndarray:
@@ -49,6 +65,30 @@ def cosine_betas(num_train_steps: int) -> np.ndarray:
 def alpha_bars(betas: np.ndarray) -> np.ndarray:
     """Returns abar_0..abar_T, (T+1,) float64, with abar_0 = 1 and abar_n the product of 1 - beta up to n."""
     return np.concatenate([[1.0], np.cumprod(1.0 - np.asarray(betas, np.float64))])
+
+
+def discrete_sigmas(betas: np.ndarray) -> np.ndarray:
+    """Returns the noise levels in VE form of times 1/T..1, (T,) float64, increasing."""
+    alpha_bar = alpha_bars(betas)[1:]
+    return np.sqrt((1.0 - alpha_bar) / alpha_bar)
+
+
+def nearest_index(sigmas: np.ndarray, s: ArrayLike) -> Array:
+    """Returns the index of the nearest of the increasing `sigmas` (T,) to each noise level of `s`; shape of s."""
+    between = jnp.asarray(0.5 * (sigmas[1:] + sigmas[:-1]), dtype=float)
+    return jnp.searchsorted(between, jnp.asarray(s, dtype=float))
+
+
+def vp_exponent(t: ArrayLike, beta_d: float = VP_BETA_D, beta_min: float = VP_BETA_MIN) -> Array:
+    """Returns beta_d t^2 / 2 + beta_min t = log(1 + sigma^2), with sigma the noise level in VE form (Song et al.)."""
+    t = jnp.asarray(t, dtype=float)
+    return (0.5 * beta_d * t + beta_min) * t
+
+
+def vp_time(exponent: ArrayLike, beta_d: float = VP_BETA_D, beta_min: float = VP_BETA_MIN) -> Array:
+    """Returns t, the inverse of `vp_exponent`, for exponents >= 0; written so that small times subtract nothing."""
+    exponent = jnp.asarray(exponent, dtype=float)
+    return 2.0 * exponent / (beta_min + jnp.sqrt(beta_min**2 + 2.0 * beta_d * exponent))
 
 
 def _cosine(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedule:
@@ -78,7 +118,12 @@ def _discrete(name: str, betas: np.ndarray, log_snr_min: float, log_snr_max: flo
         index = jnp.clip(jnp.round(jnp.asarray(t, dtype=float) * num_train_steps), 0, num_train_steps).astype(jnp.int32)
         return jnp.asarray(table)[index]
 
-    return Schedule(name, log_snr, num_train_steps)
+    sigmas = np.exp(-0.5 * np.clip(log_snrs[1:], log_snr_min, log_snr_max))
+
+    def nearest_sigma(s: ArrayLike) -> Array:
+        return jnp.asarray(sigmas, dtype=float)[nearest_index(sigmas, s)]
+
+    return Schedule(name, log_snr, num_train_steps, nearest_sigma)
 
 
 def _discrete_linear(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedule:
@@ -93,8 +138,7 @@ def _vp(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedul
     floor = float(np.log1p(np.exp(-log_snr_max)))
 
     def log_snr(t: ArrayLike) -> Array:
-        t = jnp.asarray(t, dtype=float)
-        exponent = jnp.maximum(0.5 * VP_BETA_D * t**2 + VP_BETA_MIN * t, floor)
+        exponent = jnp.maximum(vp_exponent(t), floor)
         return jnp.clip(-jnp.log(jnp.expm1(exponent)), log_snr_min, log_snr_max)
 
     return Schedule("vp", log_snr)
@@ -120,6 +164,16 @@ def _edm(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedu
     return Schedule("edm", log_snr)
 
 
+def _karras(log_snr_min: float, log_snr_max: float, num_train_steps: int) -> Schedule:
+    low, high = (float(np.exp(-0.5 * bound / KARRAS_RHO)) for bound in (log_snr_max, log_snr_min))
+
+    def log_snr(t: ArrayLike) -> Array:
+        root = low + jnp.asarray(t, dtype=float) * (high - low)
+        return jnp.clip(-2.0 * KARRAS_RHO * jnp.log(root), log_snr_min, log_snr_max)
+
+    return Schedule("karras", log_snr)
+
+
 SCHEDULES: dict[str, Callable[[float, float, int], Schedule]] = {
     "cosine": _cosine,
     "discrete_linear": _discrete_linear,
@@ -127,6 +181,7 @@ SCHEDULES: dict[str, Callable[[float, float, int], Schedule]] = {
     "vp": _vp,
     "ve": _ve,
     "edm": _edm,
+    "karras": _karras,
 }
 
 

@@ -93,10 +93,10 @@ def save_npz(
     seeds: np.ndarray | None = None,
     **more: np.ndarray,
 ) -> Path:
-    """Writes images (N, H, W, C) uint8 with labels (N,), seeds (N,) and further arrays, whole or not at all."""
+    """Writes images (N, H, W, C) uint8 or float32 with labels (N,), seeds (N,) and more, whole or not at all."""
     images = np.asarray(images)
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"expected uint8 images (N, H, W, C); given {images.dtype} {images.shape}")
+    if images.ndim != 4 or images.dtype not in (np.uint8, np.float32):
+        raise ValueError(f"expected uint8 or float32 images (N, H, W, C); given {images.dtype} {images.shape}")
     arrays: dict[str, Any] = {"images": images}
     for name, value in (("labels", labels), ("seeds", seeds)):
         if value is not None:

@@ -155,7 +155,7 @@ def overview_plot(arranged: Mapping[Weight, Sequence[Block]], metrics: Sequence[
             legend.values(),
             legend.keys(),
             loc="outside upper center",
-            ncols=len(legend),
+            ncols=min(len(legend), max(2, int(1.4 * len(arranged)))),
             frameon=False,
             fontsize=9,
             labelcolor=theme.text,
@@ -203,11 +203,14 @@ def _curves(axes: Any, block: Block, steps: Sequence[int], theme: Theme) -> dict
     """Draws the rows of a block and returns its lines by label."""
     lines = {}
     others = 0
+    seen: dict[str, int] = {}  # rows of one kind differ in their sampler: one colour, other marks and dashes
     for row in block.rows:
         values = _drawable(row)
         kind = row.label.split(" ")[0]
         colour = getattr(theme, kind) if kind in _MARKS else theme.others[others % len(theme.others)]
         others += kind not in _MARKS
+        again = seen.get(kind, 0) if kind in _MARKS else 0
+        seen[kind] = again + 1
         (lines[row.label],) = axes.plot(
             list(values),
             list(values.values()),
@@ -215,11 +218,16 @@ def _curves(axes: Any, block: Block, steps: Sequence[int], theme: Theme) -> dict
             color=colour,
             marker=_MARKS.get(kind, "D"),
             markersize=4.5,
-            linewidth=1.6,
-            linestyle="--" if kind == "teacher" else "-",
+            markerfacecolor=colour if again == 0 else theme.background,
+            linewidth=1.6 if again == 0 else 1.1,
+            linestyle=("--" if kind == "teacher" else "-", ":", "-.")[min(again, 2)],
         )
     axes.set_xscale("log", base=2)
-    axes.set_xticks(steps, [str(step) for step in steps])
+    ticks: list[int] = []
+    for step in sorted(steps):
+        if not ticks or step >= 1.3 * ticks[-1]:  # the names of closer ones would overlap
+            ticks.append(step)
+    axes.set_xticks(ticks, [str(step) for step in ticks])
     axes.minorticks_off()
     axes.set_xlabel("sampling steps", fontsize=9)
     if any(_drawable(row) for row in block.rows):

@@ -95,6 +95,11 @@ class Measured:
     record: Record
 
 
+# Beginnings of details of EDM's rows about networks of others, and what those put out. The original sampler of ADM,
+# with its learned variance, is not among ours.
+_PRETRAINED = {"vp ": "vp", "ve ": "ve", "ddim ": "iddpm", "pretrained ADM": "iddpm"}
+
+
 def tables() -> dict[str, int]:
     """Names of all tables, such as "progressive/2", and how many published figures each has."""
     counts: dict[str, int] = {}
@@ -147,12 +152,19 @@ def _fits(row: Row, record: Record) -> bool:
         return False
     if row.method not in _METHODS or not _METHODS[row.method](record):
         return False
-    if row.sampler and record.get("sampler") != _SAMPLERS.get(row.sampler, row.sampler):
+    if row.sampler and not _is_sampler(row, record):
         return False
     if (record.get("w") or 0.0) != float(row.w or 0.0):
         return False
     steps = record.get("network_evaluations" if row.paper == "edm" else "num_steps")
     return row.steps in (None, steps) and _has_detail(row.detail, record)
+
+
+def _is_sampler(row: Row, record: Record) -> bool:
+    """Whether a record's sampler is that of the row: by name, or as a choice of solver of the ablation sampler."""
+    if record.get("sampler") == "ablation":
+        return row.paper == "edm" and f"solver {row.sampler}," in str(record.get("protocol", ""))
+    return record.get("sampler") == _SAMPLERS.get(row.sampler, row.sampler)
 
 
 def _has_detail(detail: str, record: Record) -> bool:
@@ -167,6 +179,9 @@ def _has_detail(detail: str, record: Record) -> bool:
         "arch": lambda value: _ARCHITECTURES[value] in parts,
         "gamma": lambda value: record.get("weight") == "snr" and value == "0",
     }
+    for start, network in _PRETRAINED.items():
+        if detail.startswith(start):
+            return record.get("prediction") == network and not detail.endswith("original sampler")
     if detail == "P2":
         return record.get("weight") == "p2"
     pairs = [pair.partition("=") for pair in detail.split(";")]

@@ -46,7 +46,7 @@ METRICS = {
 DOMAIN = ("frechet_to_data", "frechet_to_teacher")
 NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
 DISTILLED = "distilled students"
-_SAMPLERS = {"ddim": "DDIM"}
+_SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler"}
 _ROUND = re.compile(r"round_\d+_steps_(\d+)")
 
 

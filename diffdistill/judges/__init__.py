@@ -15,7 +15,7 @@ from diffdistill.workdir import Workdir
 
 
 def make(
-    folder: Workdir, source: Source, inception_weights: str, interrupt: Interrupt, say: Callable[[str], Any]
+    folder: Workdir, source: Source | None, inception_weights: str, interrupt: Interrupt, say: Callable[[str], Any]
 ) -> Judge | None:
     """The judge that a run's config asks for; None, with a word about it, where the data does not allow one.
 
@@ -25,6 +25,9 @@ def make(
     """
     if folder.config.evaluation.features == "inception":
         return inception.make(folder, source, inception_weights, interrupt, say)
+    if source is None:
+        say("evaluation: left out, since domain features need images")
+        return None
     if source.num_classes < 2:
         say(f"evaluation: left out, since domain features need classes and {source.name} has {source.num_classes}")
         return None

@@ -60,7 +60,7 @@ class Judge(Protocol):
 
     needs_reference: bool
 
-    def protocol(self, generator: Generator) -> str:
+    def protocol(self, item: Measurement, generator: Generator) -> str:
         """Everything but the samples that a figure depends on, as text; part of what identifies a result."""
         ...
 

@@ -19,6 +19,7 @@ from diffdistill.evaluation import features, metrics, moments
 from diffdistill.evaluation.moments import Moments
 from diffdistill.judges.contract import Figures, Measurement
 from diffdistill.sample import Generator
+from diffdistill.samplers import STOCHASTIC
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
@@ -36,9 +37,9 @@ class DomainJudge:
         self._config, self._network, self._data = config, network, data
         self._reference: dict[tuple[float, int], tuple[np.ndarray, Moments]] = {}
 
-    def protocol(self, generator: Generator) -> str:
+    def protocol(self, item: Measurement, generator: Generator) -> str:
         """The recipe of the feature network and the sampler's settings."""
-        return f"domain features {features.RECIPE}, {generator.settings_text()}"
+        return f"domain features {features.RECIPE}, {generator.settings_text(item.sampler)}"
 
     def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
         """Those of METRICS that make sense: no distance of the reference to itself, pairs of deterministic samplers."""
@@ -47,7 +48,7 @@ class DomainJudge:
             names.add("class_accuracy")
         if not item.is_reference:
             names.add("frechet_to_teacher")
-            if item.sampler == "ddim":
+            if item.sampler not in STOCHASTIC:
                 names.add("paired_rmse_to_teacher")
         return [name for name in METRICS if name in names]
 

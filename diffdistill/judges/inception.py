@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from diffdistill.config import EvaluationConfig
-from diffdistill.data.contract import Source
+from diffdistill.data.contract import DataError, Source
 from diffdistill.evaluation import measuring, stream
 from diffdistill.evaluation.measuring import Network
 from diffdistill.evaluation.reference import Reference
@@ -27,10 +27,11 @@ class InceptionJudge:
     def __init__(self, folder: Workdir, network: Network, reference: Reference, say: Callable[[str], Any]) -> None:
         self._folder, self._network, self._reference, self._say = folder, network, reference, say
 
-    def protocol(self, generator: Generator) -> str:
+    def protocol(self, item: Measurement, generator: Generator) -> str:
         """Protocol, weights, reference and the sampler's settings."""
         kept = self._folder.config.evaluation.reservoir
-        return f"{self._network.text()}, reference {self._reference.digest()}, {kept} kept, {generator.settings_text()}"
+        settings = generator.settings_text(item.sampler)
+        return f"{self._network.text()}, reference {self._reference.digest()}, {kept} kept, {settings}"
 
     def metrics(self, item: Measurement, generator: Generator) -> Sequence[str]:
         """What the reference allows."""
@@ -51,7 +52,7 @@ class InceptionJudge:
             return generator.stream(evaluation.num_samples, first=first, **settings)
 
         identity = json.dumps([item.text(), item.seed, digest, evaluation.num_samples, evaluation.reservoir])
-        partial = Partial(self._folder.path / "evaluation" / ".partial", f"{identity} {self.protocol(generator)}")
+        partial = Partial(self._folder.path / "evaluation" / ".partial", f"{identity} {self.protocol(item, generator)}")
         found = stream.accumulate(
             chunks,
             self._network.extract,
@@ -71,7 +72,7 @@ class InceptionJudge:
 
 
 def make(
-    folder: Workdir, source: Source, weights: str, interrupt: Interrupt, say: Callable[[str], Any]
+    folder: Workdir, source: Source | None, weights: str, interrupt: Interrupt, say: Callable[[str], Any]
 ) -> InceptionJudge:
     """Loads the network, and reads or computes the reference statistics.
 
@@ -84,6 +85,8 @@ def make(
         reference = network.read_reference(evaluation.reference, evaluation.reference_protocol)
         cache = folder.path / "evaluation" / "cache"
         reference = network.with_features(reference, evaluation.reference, evaluation.reservoir, cache, interrupt)
+    elif source is None:
+        raise DataError("the reference statistics are to be of the run's own images, but there are none")
     else:
         reference = network.reference_of(
             source, evaluation.reference_images, evaluation.reservoir, folder.path / "evaluation" / "cache", interrupt

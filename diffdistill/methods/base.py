@@ -55,18 +55,51 @@ class Method:
 
 
 def from_loss(
-    name: str, init_params: Callable[[jax.Array, Mapping[str, Params]], Params], loss: Loss, updater: Updater
+    name: str,
+    init_params: Callable[[jax.Array, Mapping[str, Params]], Params],
+    loss: Loss,
+    updater: Updater,
+    *,
+    parts: int = 1,
 ) -> Method:
-    """A method that follows the gradient of one loss ``(params, frozen, batch, key, arguments) -> (loss, metrics)``."""
+    """A method that follows the gradient of one loss ``(params, frozen, batch, key, arguments) -> (loss, metrics)``.
+
+    parts: number of equal parts of a batch whose gradients are taken one after the other and averaged: memory of one
+    part, and the gradient of the whole batch, each part with random draws of its own.
+    """
 
     def step(
         state: State, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
     ) -> tuple[State, Metrics]:
-        grads, metrics = jax.grad(loss, has_aux=True)(state.params, frozen, batch, key, arguments)
+        grads, metrics = _gradient(loss, parts)(state.params, frozen, batch, key, arguments)
         state, more = updater.apply(state, grads, arguments["num_updates"])
         return state, {**metrics, **more}
 
     return Method(name, lambda key, sources: updater.init(init_params(key, sources)), step, updater.averaged)
+
+
+def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
+    """(params, frozen, batch, key, arguments) -> (gradient of the mean loss over all parts, mean metrics)."""
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return gradient
+
+    def accumulated(
+        params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
+    ) -> tuple[Params, Metrics]:
+        # Every parts-th row: with a batch sharded by rows each device then has its share of every part.
+        split = jax.tree.map(lambda rows: rows.reshape(-1, parts, *rows.shape[1:]), batch)
+
+        def add(total: Params, index: jax.Array) -> tuple[Params, Metrics]:
+            part = jax.tree.map(lambda rows: rows[:, index], split)
+            grads, metrics = gradient(params, frozen, part, jax.random.fold_in(key, index), arguments)
+            return jax.tree.map(lambda t, g: t + g / parts, total, grads), metrics
+
+        total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(parts))
+        # NaN marks what one part has no example of.
+        return total, jax.tree.map(lambda rows: jnp.nanmean(rows, axis=0) if rows.ndim > 1 else rows.mean(0), metrics)
+
+    return accumulated
 
 
 def streams(key: jax.Array) -> dict[str, jax.Array]:

@@ -26,6 +26,7 @@ def distillation(
     w_min: float,
     w_max: float,
     stratified: bool = False,
+    parts: int = 1,
 ) -> base.Method:
     """Method that fits a w-conditioned student to a guided teacher, whose parameters are ``sources["teacher"]``.
 
@@ -59,4 +60,4 @@ def distillation(
         x_hat = student(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, target, log_snr, weight)
 
-    return base.from_loss("guided", init, loss, updater)
+    return base.from_loss("guided", init, loss, updater, parts=parts)

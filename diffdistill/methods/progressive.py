@@ -26,6 +26,7 @@ def halving(
     *,
     guidance_range: tuple[float, float] | None = None,
     stratified: bool = False,
+    parts: int = 1,
 ) -> base.Method:
     """Method for one round of halving; ``sources["teacher"]`` are the parameters of the 2N-step model.
 
@@ -64,4 +65,4 @@ def halving(
         x_hat = denoiser(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, jax.lax.stop_gradient(target), log_snr, weight)
 
-    return base.from_loss("progressive", init, loss, updater)
+    return base.from_loss("progressive", init, loss, updater, parts=parts)

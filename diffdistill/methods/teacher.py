@@ -25,8 +25,11 @@ def teacher(
     *,
     label_dropout: float = 0.0,
     stratified: bool = False,
+    parts: int = 1,
+    noise: Callable[[jax.Array], jax.Array] | None = None,
+    augment: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]] | None = None,
 ) -> base.Method:
-    """Method that fits ``denoiser`` to data: weight(log_snr) ||D(z_t, log_snr, label) - x||^2, t uniform.
+    """Method that fits ``denoiser`` to data: weight(log_snr) ||D(z, log_snr, label) - x||^2 at random noise levels.
 
     Args:
       denoiser: network and parameterisation; conditional where its number of classes is positive.
@@ -34,7 +37,11 @@ def teacher(
       weight: factor on the mean squared error of x_hat, a function of log-SNR (see diffusion.weighting).
       updater: optimiser.
       label_dropout: probability of the null class, 0 to 1.
-      stratified: spread the times of one batch evenly (see base.uniform).
+      stratified: spread the noise levels of one batch evenly (see base.uniform).
+      parts: see base.from_loss.
+      augment: (key, images) -> (augmented images, (B, K) what was done to them), for a denoiser that is told so; None
+        leaves the images as they are.
+      noise: log-SNR as a function of a uniform draw (see diffusion.noise); None: that of the schedule at uniform t.
     """
 
     def loss(
@@ -43,13 +50,20 @@ def teacher(
         del frozen, arguments
         random = base.streams(key)
         x = base.images(batch)
-        log_snr = schedule.log_snr(base.training_times(random["time"], x.shape[0], schedule, stratified=stratified))
+        augmentation = None
+        if augment is not None:
+            x, augmentation = augment(random["augmentation"], x)
+        if noise is None:
+            log_snr = schedule.log_snr(base.training_times(random["time"], x.shape[0], schedule, stratified=stratified))
+        else:
+            log_snr = noise(base.uniform(random["time"], x.shape[0], stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
-        condition = Condition()
+        label = None
         if denoiser.num_classes:
             dropped = jax.random.bernoulli(random["label"], label_dropout, (x.shape[0],))
-            condition = Condition(label=jnp.where(dropped, denoiser.num_classes, batch["label"]))
+            label = jnp.where(dropped, denoiser.num_classes, batch["label"])
+        condition = Condition(label=label, augmentation=augmentation)
         x_hat = denoiser(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, x, log_snr, weight)
 
-    return base.from_loss("teacher", lambda key, sources: denoiser.init(key), loss, updater)
+    return base.from_loss("teacher", lambda key, sources: denoiser.init(key), loss, updater, parts=parts)

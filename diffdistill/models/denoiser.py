@@ -52,6 +52,8 @@ class Network(Protocol):
     """What a Denoiser needs of a network: a Flax linen module such as models.unet.UNet.
 
     init and apply take (inputs (B, H, W, C), time (B,), label (B,) or None, guidance (B,) or None, deterministic=...).
+    One that has `augmentation_features` above 0 also takes augmentation=(B, augmentation_features), absent for images
+    as they are.
     """
 
     @property
@@ -122,8 +124,11 @@ class Denoiser:
             raise ValueError(
                 f"this denoiser is made for batches of images of shape {self.image_shape}; got z of shape {z.shape}."
             )
+        options: dict[str, Any] = {}
         if condition.augmentation is not None:
-            raise ValueError("this network takes no augmentation parameters; leave Condition.augmentation out.")
+            if not getattr(self.network, "augmentation_features", 0):
+                raise ValueError("this network takes no augmentation parameters; leave Condition.augmentation out.")
+            options["augmentation"] = condition.augmentation
         batch_size = z.shape[0]
         log_snr = per_image(log_snr, batch_size, "log_snr")
         output = self.network.apply(
@@ -133,6 +138,7 @@ class Denoiser:
             None if condition.label is None else per_image(condition.label, batch_size, "label"),
             None if condition.guidance is None else per_image(condition.guidance, batch_size, "guidance"),
             deterministic=dropout_key is None,
+            **options,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
         return self.parameterisation.to_x(output, z, log_snr).astype(jnp.float32)
@@ -181,7 +187,11 @@ def guided(denoiser: Denoiser) -> DenoiseFunction:
         # The two branches of an image are neighbours in the batch, so that they stay on the device that holds it.
         labels = jnp.stack([label, jnp.full_like(label, denoiser.num_classes)], axis=1).reshape(-1)
         log_snrs = jnp.repeat(per_image(log_snr, batch_size, "log_snr"), 2)
-        pairs = denoiser(params, jnp.repeat(z, 2, axis=0), log_snrs, Condition(label=labels), dropout_key=dropout_key)
+        augmentation = condition.augmentation
+        both = Condition(
+            label=labels, augmentation=None if augmentation is None else jnp.repeat(augmentation, 2, axis=0)
+        )
+        pairs = denoiser(params, jnp.repeat(z, 2, axis=0), log_snrs, both, dropout_key=dropout_key)
         pairs = pairs.reshape(batch_size, 2, *z.shape[1:])
         return guidance.combine(pairs[:, 0], pairs[:, 1], w)
 

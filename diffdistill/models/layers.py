@@ -11,28 +11,25 @@ from jax.typing import DTypeLike
 ATTENTIONS = ("auto", "xla", "cudnn")
 
 
-def sinusoids(value: jax.Array, features: int) -> jax.Array:
+def sinusoids(value: jax.Array, features: int, *, endpoint: bool = True) -> jax.Array:
     """Sines then cosines of `value` (B,) at frequencies 1 ... 1/10000, as (B, features) float32.
 
     The frequencies include both ends, as in DDPM (Ho et al. 2020) and the released networks of Salimans & Ho 2022;
-    an odd number of features ends in a column of zeros.
+    endpoint=False stops one step short of 1/10000, as ADM does. An odd number of features ends in a column of zeros.
     """
     half = features // 2
-    frequencies = jnp.exp(-math.log(10000.0) / max(half - 1, 1) * jnp.arange(half, dtype=jnp.float32))
+    steps = max(half - 1 if endpoint else half, 1)
+    frequencies = jnp.exp(-math.log(10000.0) / steps * jnp.arange(half, dtype=jnp.float32))
     angles = value.astype(jnp.float32)[:, None] * frequencies
     embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
     return jnp.pad(embedding, ((0, 0), (0, features - 2 * half)))
 
 
-def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """LeCun's truncated normal for kernels (..., inputs, outputs): variance 1 / (number of inputs of one output).
-
-    As flax's default, but drawn flat: the counters of a flat draw are simpler, which halves the compilation of a
-    network's initialisation.
-    """
-    # The standard deviation of a normal cut at two standard deviations.
-    bound = 1.0 / (0.87962566103423978 * math.sqrt(math.prod(shape[:-1])))
-    return bound * jax.random.truncated_normal(key, -2.0, 2.0, (math.prod(shape),), dtype).reshape(shape)
+def guidance_sinusoids(w: jax.Array, features: int, kind: str) -> jax.Array:
+    """Sinusoids (B, features) of the guidance weight (B,): kind "mapped" of arctan(exp(-w/2))/(pi/2), "raw" of w."""
+    # 1000 as for the time: the sinusoids resolve about 1e-3 of the mapped range (0, 1).
+    mapped = jnp.arctan(jnp.exp(-w / 2)) / (jnp.pi / 2)
+    return sinusoids(1000.0 * (mapped if kind == "mapped" else w), features)
 
 
 class GroupNorm(nn.Module):
@@ -44,6 +41,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int
     dtype: DTypeLike = jnp.float32
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,7 +59,7 @@ class GroupNorm(nn.Module):
         centred = x.astype(jnp.float32)
         centred = centred - group_mean(centred)
         variance = group_mean(jnp.square(centred))
-        return (centred * (jax.lax.rsqrt(variance + 1e-6) * scale) + bias).astype(self.dtype)
+        return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype)
 
 
 def cudnn_permits(dtype: DTypeLike, head_dim: int, platform: str, compute_capability: str) -> bool:

@@ -40,6 +40,22 @@ def step(
     return mean + expand(jnp.exp(0.5 * log_variance), z) * noise
 
 
+def check_keys(keys: Array | None, z: Array, sampler: str) -> Array:
+    """Returns `keys` if they are one typed key per image of z (B, ...); ValueError otherwise."""
+    if keys is None or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != z.shape[:1]:
+        given = "None" if keys is None else f"shape {keys.shape} of {keys.dtype}"
+        raise ValueError(
+            f"the {sampler} sampler needs one typed key per image, shape {z.shape[:1]}, got {given}; "
+            "make them with jax.vmap(jax.random.key)(seeds) or jax.random.split"
+        )
+    return keys
+
+
+def step_noise(keys: Array, i: int | Array, like: Array) -> Array:
+    """Returns the standard normal noise of step i, shape of `like` (B, ...): that of image k comes from key k alone."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), like.shape[1:], like.dtype))(keys)
+
+
 def sample(
     denoise: Denoise,
     z: Array,
@@ -57,13 +73,7 @@ def sample(
     may be traced. `clip` limits x_hat to [-1, 1] at each step. ValueError for missing or misshapen keys.
     """
     check_num_steps(num_steps)
-    if keys is None or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) or keys.shape != z.shape[:1]:
-        given = "None" if keys is None else f"shape {keys.shape} of {keys.dtype}"
-        raise ValueError(
-            f"the ancestral sampler needs one typed key per image, shape {z.shape[:1]}, got {given}; "
-            "make them with jax.vmap(jax.random.key)(seeds) or jax.random.split"
-        )
-    image_keys = keys
+    image_keys = check_keys(keys, z, "ancestral")
 
     def body(i: Array, z: Array) -> Array:
         t, s = step_times(i, num_steps)
@@ -71,7 +81,8 @@ def sample(
         x_hat = denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1]))
         if clip:
             x_hat = jnp.clip(x_hat, -1.0, 1.0)
-        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), z.shape[1:], z.dtype))(image_keys)
-        return jnp.where(s > 0, step(x_hat, z, noise, log_snr_t, log_snr_s, variance_fraction), x_hat)
+        return jnp.where(
+            s > 0, step(x_hat, z, step_noise(image_keys, i, z), log_snr_t, log_snr_s, variance_fraction), x_hat
+        )
 
     return jax.lax.fori_loop(0, num_steps, body, z)

@@ -132,6 +132,7 @@ def fit(
     log_every: int = 100,
     meta: Mapping[str, Any] | None = None,
     interrupt: Interrupt | None = None,
+    stop_at_non_finite: bool = True,
     max_in_flight: int = 2,
 ) -> State:
     """Train from update `state.step` to `num_updates`; the last update is always saved. Returns the final state.
@@ -142,6 +143,8 @@ def fit(
     checkpoints: says how often to save. writer gets the mean of each metric over the last `log_every` updates.
     meta: JSON values kept in every checkpoint ("step" and "seconds", the time spent in the stage, are added).
     interrupt: what tells the loop to stop; by default SIGTERM and SIGINT are caught while it runs.
+    stop_at_non_finite: whether a loss or gradient that is not finite ends the stage. Parameters that are not finite
+      always do.
     max_in_flight: calls handed to the device and not yet waited for.
 
     Raises NonFiniteLoss, Interrupted (after saving), CheckpointError, MetricsError, and what `batches` raises.
@@ -164,7 +167,8 @@ def fit(
             call = in_flight.popleft()
             metrics = {name: rows[: call.count] for name, rows in jax.device_get(call.metrics).items()}
             stopping = stopping or bool(call.stop)
-            _check_finite(metrics, stage, call.first, num_updates, checkpoints)
+            if stop_at_non_finite:
+                _check_finite(metrics, stage, call.first, num_updates, checkpoints)
             done = call.first + call.count
             for update, means in window.add(call.first, metrics, last=num_updates):
                 if writer is not None:

@@ -29,19 +29,27 @@ class TrainState:
 class Optimization:
     """How gradients become updates.
 
-    learning_rate: peak rate. warmup_updates: linear rise from 0 over so many updates (0 = none).
-    anneal: "constant", or "linear" to zero at the end of the stage. weight_decay: decoupled, multiplied by the rate.
-    gradient_clip: largest global norm (0 = none). ema_decay: 0 = no average. ema_ramp: decay at most (1+n)/(10+n)
-    after n updates, so that a short run is not an average over its random initialisation. b1, b2, eps: Adam's.
+    learning_rate: peak rate. warmup_updates: linear rise from 0 over so many updates (0 = none); warmup_from_zero: the
+    first update has rate 0, as in EDM, instead of the first step of the rise. anneal: "constant", or "linear" to zero
+    at the end of the stage. weight_decay: decoupled, multiplied by the rate. gradient_clip: largest global norm
+    (0 = none). ema_decay: 0 = no average. ema_ramp: decay at most (1+n)/(10+n) after n updates, so that a short run is
+    not an average over its random initialisation. ema_half_life: the average as EDM states it, instead of ema_decay:
+    updates after which a parameter's share has halved, never more than ema_ramp_ratio (0 = no bound) of the updates
+    done. replace_non_finite: gradients that are NaN count as 0, infinite ones as 1e5, before the clip. b1, b2, eps:
+    Adam's.
     """
 
     learning_rate: float
-    warmup_updates: int = 0
+    warmup_updates: float = 0
+    warmup_from_zero: bool = False
     anneal: Literal["constant", "linear"] = "constant"
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     ema_decay: float = 0.0
     ema_ramp: bool = True
+    ema_half_life: float = 0.0
+    ema_ramp_ratio: float = 0.0
+    replace_non_finite: bool = False
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -52,7 +60,7 @@ class Optimization:
         for name in ("learning_rate", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number above 0.")
-        for name in ("warmup_updates", "weight_decay", "gradient_clip"):
+        for name in ("warmup_updates", "weight_decay", "gradient_clip", "ema_half_life", "ema_ramp_ratio"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected 0 or more.")
         for name in ("ema_decay", "b1", "b2"):
@@ -63,14 +71,16 @@ class Optimization:
 def learning_rate(optimization: Optimization, step: jax.Array, num_updates: jax.Array | int) -> jax.Array:
     """Rate of the update that follows `step` finished ones, () float32.
 
-    Warm-up: (step+1)/warmup_updates, so that the first update already moves. Linear anneal: 1 - step/num_updates, so
-    that the first update has the full rate and the last one 1/num_updates of it (Salimans & Ho 2022, appendix).
+    Warm-up: (step+1)/warmup_updates, so that the first update already moves, or step/warmup_updates. Linear anneal:
+    1 - step/num_updates, so that the first update has the full rate and the last one 1/num_updates of it (Salimans &
+    Ho 2022, appendix).
     num_updates may be traced: rounds of different length share one compilation.
     """
     done = jnp.asarray(step, jnp.float32)
     rate = jnp.float32(optimization.learning_rate)
     if optimization.warmup_updates:
-        rate = rate * jnp.minimum(1.0, (done + 1.0) / optimization.warmup_updates)
+        begun = done if optimization.warmup_from_zero else done + 1.0
+        rate = rate * jnp.minimum(1.0, begun / optimization.warmup_updates)
     if optimization.anneal == "linear":
         rate = rate * jnp.maximum(0.0, 1.0 - done / jnp.asarray(num_updates, jnp.float32))
     return rate
@@ -78,6 +88,12 @@ def learning_rate(optimization: Optimization, step: jax.Array, num_updates: jax.
 
 def ema_decay(optimization: Optimization, step: jax.Array) -> jax.Array:
     """Decay of the moving average at the update that brings the count to `step` >= 1, () float32."""
+    if optimization.ema_half_life:
+        half_life = jnp.float32(optimization.ema_half_life)
+        if optimization.ema_ramp_ratio:  # nothing was done before the first update: the average becomes its outcome
+            before = jnp.asarray(step, jnp.float32) - 1.0
+            half_life = jnp.minimum(half_life, before * optimization.ema_ramp_ratio)
+        return 0.5 ** (1.0 / jnp.maximum(half_life, 1e-8))
     decay = jnp.float32(optimization.ema_decay)
     if optimization.ema_ramp:
         done = jnp.asarray(step, jnp.float32)
@@ -94,7 +110,7 @@ class Updater:
     def init(self, params: Params) -> TrainState:
         """A fresh state at update 0. Copies: no leaf shares memory with `params` or another leaf, as donation needs."""
         params = _copy(params)
-        ema = _copy(params) if self.optimization.ema_decay else None
+        ema = _copy(params) if self.optimization.ema_decay or self.optimization.ema_half_life else None
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=ema, optimizer=self._chain().init(params))
 
     def apply(
@@ -104,6 +120,8 @@ class Updater:
         clip is the same on any number of devices. Returns the next state and {"gradient_norm" (before the clip),
         "learning_rate"}, both () float32.
         """
+        if self.optimization.replace_non_finite:
+            grads = jax.tree.map(lambda g: jnp.nan_to_num(g, nan=0.0, posinf=1e5, neginf=-1e5), grads)
         rate = learning_rate(self.optimization, state.step, num_updates)
         direction, optimizer = self._chain().update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)

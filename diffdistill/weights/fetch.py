@@ -104,6 +104,8 @@ def _copy(response: Any, file: BinaryIO, published: Published) -> None:
             file.write(block)
             content.update(block)
             length += len(block)
+            if published.size and length > published.size:  # an endless answer must not fill the disk
+                break
             bar.update(len(block))
     if content.hexdigest() != published.sha256:
         short = f" It ended after {length} of {published.size} bytes." if length < published.size else ""

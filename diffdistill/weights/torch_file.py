@@ -8,7 +8,6 @@ that rebuild tensors are known, each replaced by an inert stand-in of our own, a
 from __future__ import annotations
 
 import math
-import pickle
 import struct
 import zipfile
 from collections import OrderedDict
@@ -21,9 +20,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before the zip file, a number that a pickle holds
+_VIEWS = 16  # tensors of the size of their storage that may share it: each becomes an array of its own
+_DESCRIPTION_LIMIT = 1 << 26  # bytes of the pickle that describes the tensors of a zip file
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -52,10 +54,11 @@ class _Storage:
     dtype: np.dtype[Any]
     size: int
     values: NDArray[Any] | None = None
+    shown: int = 0  # numbers in all tensors that show it
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """Stands for a tensor: a view of a storage, looked at once everything is read."""
 
     storage: _Storage
@@ -71,6 +74,9 @@ class _Tensor:
             raise WeightsError(f"a tensor of shape {self.shape} is larger than its storage")
         if 0 not in self.shape and last >= len(values):
             raise WeightsError(f"a tensor of shape {self.shape} reaches beyond its storage")
+        self.storage.shown += math.prod(self.shape)
+        if self.storage.shown > _VIEWS * max(len(values), 1):
+            raise WeightsError(f"more than {_VIEWS} tensors show all of the same block of numbers")
         if 0 in self.shape:
             return np.zeros(self.shape, values.dtype)
         itemsize = values.dtype.itemsize
@@ -80,18 +86,18 @@ class _Tensor:
         return np.array(view)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     whole = [offset, *shape, *strides]
     if not isinstance(storage, _Storage) or not all(type(n) is int for n in whole) or len(shape) != len(strides):
         raise WeightsError("a tensor is not described by a storage and whole numbers")
-    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+    return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
 def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
     return tensor
 
 
-_KNOWN: dict[tuple[str, str], Any] = {
+KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
@@ -100,17 +106,15 @@ _KNOWN: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows the names in _KNOWN and `find_storage`, nothing else."""
+class _Unpickler(unpickling.Unpickler):
+    """Knows the names in KNOWN and `find_storage`, nothing else."""
+
+    known = KNOWN
+    stateful = (OrderedDict,)  # the dicts of torch's modules have attributes
 
     def __init__(self, file: BinaryIO, find_storage: Callable[[str, np.dtype[Any], int], _Storage]) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(file)
         self._find_storage = find_storage
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (module_name, global_name) not in _KNOWN:
-            raise WeightsError(f"it names {module_name}.{global_name}, which has no place among tensors")
-        return _KNOWN[module_name, global_name]
 
     def persistent_load(self, pid: Any) -> _Storage:
         match pid:
@@ -132,8 +136,10 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            content = _read_zip(file) if zipfile.is_zipfile(path) else _read_stream(file)
-            found = _arrays(content)
+            content = _read_zip(file) if zipfile.is_zipfile(path) else read_stream(file)
+            found = _arrays(content, {})
+    except unpickling.Refused as error:
+        raise WeightsError(f"{path} is refused: it {error}.") from error
     except WeightsError as error:
         raise WeightsError(f"{path} is refused: {error}.") from error
     except OSError as error:
@@ -166,17 +172,21 @@ def _read_zip(file: BinaryIO) -> Any:
 
         def find(key: str, dtype: np.dtype[Any], size: int) -> _Storage:
             if key not in storages:
-                content = archive.read(f"{root}data/{key}")  # the zip file checks every member's CRC
-                if len(content) != size * dtype.itemsize:
-                    raise WeightsError(f"storage {key} has {len(content)} bytes, not {size * dtype.itemsize}")
+                entry = archive.getinfo(f"{root}data/{key}")
+                if entry.file_size != size * dtype.itemsize:  # before it is unpacked: a few bytes may become gigabytes
+                    raise WeightsError(f"storage {key} has {entry.file_size} bytes, not {size * dtype.itemsize}")
+                content = archive.read(entry)  # the zip file checks every member's CRC
                 storages[key] = _Storage(dtype, size, np.frombuffer(content, dtype))
             return storages[key]
 
+        if archive.getinfo(pickles[0]).file_size > _DESCRIPTION_LIMIT:
+            raise WeightsError("its description of the tensors is longer than any network needs")
         with archive.open(pickles[0]) as stream:
             return _Unpickler(stream, find).load()  # type: ignore[arg-type]
 
 
-def _read_stream(file: BinaryIO) -> Any:
+def read_stream(file: BinaryIO) -> Any:
+    """The object in an open file of the format before the zip file, with Tensor in place of tensors."""
     storages: dict[str, _Storage] = {}
 
     def find(key: str, dtype: np.dtype[Any], size: int) -> _Storage:
@@ -201,14 +211,22 @@ def _read_stream(file: BinaryIO) -> Any:
     return content
 
 
-def _arrays(content: Any) -> Any:
-    """The same containers with arrays in place of tensors."""
-    if isinstance(content, _Tensor):
-        return content.array()
+def _arrays(content: Any, done: dict[int, Any]) -> Any:
+    """The same containers with arrays in place of tensors.
+
+    done: what was made of each so far; a small file may hold one of them a million times.
+    """
+    if id(content) in done:
+        return done[id(content)]
+    if isinstance(content, Tensor):
+        done[id(content)] = content.array()
+        return done[id(content)]
     if isinstance(content, Mapping):
-        return {key: _arrays(value) for key, value in content.items()}
+        done[id(content)] = {key: _arrays(value, done) for key, value in content.items()}
+        return done[id(content)]
     if isinstance(content, list | tuple):
-        return [_arrays(value) for value in content]
+        done[id(content)] = [_arrays(value, done) for value in content]
+        return done[id(content)]
     if content is None or isinstance(content, bool | int | float | str | bytes):
         return content
     raise WeightsError(f"it holds a {type(content).__name__}, which is neither a tensor nor a plain value")

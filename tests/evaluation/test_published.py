@@ -108,6 +108,22 @@ def test_rows_of_other_kinds_find_their_records():
         assert published.measured(edm, [record(**ours, config=other)]) is None
 
 
+def test_networks_of_others_are_known_by_their_output_and_sampler():
+    theirs = {"method": "teacher", "config": "imported-baseline", "prediction": "vp", "conditional": False}
+    heun = row("edm/sampler", detail="vp edm sampler")
+    ours = theirs | {"sampler": "heun", "num_steps": 18, "network_evaluations": 35}
+    assert published.measured(heun, [record(**ours)]).value == 3.21
+    assert published.measured(heun, [record(**ours | {"prediction": "ve"})]) is None
+    original = row("edm/sampler", detail="vp original")
+    ours = theirs | {"sampler": "ablation", "num_steps": 256, "network_evaluations": 256}
+    assert published.measured(original, [record(**ours, protocol="inception tf, solver euler, rho 7")]).value == 3.21
+    assert published.measured(original, [record(**ours, protocol="inception tf, solver heun, rho 7")]) is None
+    adm = theirs | {"dataset": "imagenet64", "conditional": True, "prediction": "iddpm", "network_evaluations": 511}
+    stochastic = row("edm/text", detail="pretrained ADM, EDM stochastic sampler")
+    assert published.measured(stochastic, [record(**adm, sampler="churn")]).value == 3.21
+    assert published.measured(row("edm/text", detail="pretrained ADM, original sampler"), [record(**adm)]) is None
+
+
 def test_seeds_are_averaged_and_the_newest_run_counts():
     old = record(value=9.0, params_hash="old", date="2026-01-01T00:00:00+00:00")
     new = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from random_parameters import random_parameters
 
-from diffdistill.models import layers, unet
+from diffdistill.models import initialisers, layers, resampling
 from diffdistill.models.unet import UNet
 
 CLASSES = 4
@@ -154,17 +154,17 @@ def test_dropout_acts_only_when_it_is_asked_for():
 
 
 def test_kernels_have_unit_gain():
-    kernel = layers.fan_in_normal(jax.random.key(0), (3, 3, 64, 64))
+    kernel = initialisers.fan_in_normal(jax.random.key(0), (3, 3, 64, 64))
     assert abs(float(jnp.std(kernel)) * math.sqrt(9 * 64) - 1) < 0.01
     assert abs(float(jnp.mean(kernel))) < 1e-3
 
 
 def test_resampling():
     x = jnp.arange(2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 4, 6, 3)
-    up = unet.upsample(x)
+    up = resampling.upsample(x)
     np.testing.assert_array_equal(up, np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
-    np.testing.assert_array_equal(unet.downsample(up), x)
-    np.testing.assert_allclose(unet.downsample(x)[0, 0, 0], x[0, :2, :2].mean((0, 1)))
+    np.testing.assert_array_equal(resampling.downsample(up), x)
+    np.testing.assert_allclose(resampling.downsample(x)[0, 0, 0], x[0, :2, :2].mean((0, 1)))
 
 
 def test_sinusoids():

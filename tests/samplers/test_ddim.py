@@ -147,5 +147,5 @@ def test_strict_promotion_rules_are_kept():
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match="num_steps=0: a sampler takes at least 1 step"):
         ddim.sample(gaussian, jnp.ones((1, 1, 1, 1)), schedules.get("cosine"), 0)
-    with pytest.raises(ValueError, match=r"unknown sampler 'dim'; known: ddim, ancestral\. Did you mean 'ddim'"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'dim'; known: ddim, ancestral, .*Did you mean 'ddim'"):
         samplers.get("dim")

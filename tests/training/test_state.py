@@ -89,6 +89,37 @@ def test_ema_ramp_starts_low_and_ends_at_the_decay():
     assert ema_decay(ramp, 10_000) == pytest.approx(0.99)
 
 
+def test_the_average_of_edm_halves_in_its_half_life():
+    """0.5^(1 / min(half-life, ratio x updates done)); the first update copies the parameters (Karras et al. 2022)."""
+    optimization = Optimization(0.1, ema_half_life=8.0, ema_ramp_ratio=0.5)
+    decays = [float(ema_decay(optimization, jnp.int32(step))) for step in range(1, 30)]
+    assert decays[0] == 0.0
+    expected = [0.5 ** (1 / min(8.0, 0.5 * (step - 1))) for step in range(2, 30)]
+    np.testing.assert_allclose(decays[1:], expected, rtol=1e-6)
+    state, path, _ = run(optimization, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.ema, path[0])
+    unbounded = Optimization(0.1, ema_half_life=8.0)
+    assert float(np.prod([float(ema_decay(unbounded, jnp.int32(step))) for step in range(1, 9)])) == pytest.approx(0.5)
+
+
+def test_the_warm_up_of_edm_begins_at_rate_zero():
+    optimization = Optimization(0.2, warmup_updates=2.5, warmup_from_zero=True)
+    rates = [float(learning_rate(optimization, jnp.int32(step), 10)) for step in range(5)]
+    np.testing.assert_allclose(rates, [0.0, 0.08, 0.16, 0.2, 0.2], rtol=1e-6)
+
+
+def test_gradients_that_are_not_finite_are_replaced_where_asked():
+    broken = {"w": gradient(0)["w"].at[0, 1].set(jnp.nan), "b": gradient(0)["b"].at[2].set(-jnp.inf)}
+    whole = {"w": gradient(0)["w"].at[0, 1].set(0.0), "b": gradient(0)["b"].at[2].set(-1e5)}
+    kept = Updater(Optimization(0.1, gradient_clip=0.0))
+    replacing = Updater(Optimization(0.1, gradient_clip=0.0, replace_non_finite=True))
+    found, metrics = replacing.apply(replacing.init(params()), broken, 3)
+    expected, _ = kept.apply(kept.init(params()), whole, 3)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.isfinite(metrics["gradient_norm"])
+    assert not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.apply(kept.init(params()), broken, 3)[0]))
+
+
 def test_nothing_shares_memory():
     """A state that is donated must own every buffer, once; also when it is made inside jit."""
     source = params()

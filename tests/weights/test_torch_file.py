@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_a_function_of_torch_that_is_not_about_tensors_is_refused(tmp_path):
     path = tmp_path / "x.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", stream.getvalue())
-    with pytest.raises(WeightsError, match=r"names torch\.hub\.load, which has no place among tensors"):
+    with pytest.raises(WeightsError, match=r"names torch\.hub\.load, which has no place among numbers"):
         torch_file.read_state_dict(path)
 
 
@@ -99,6 +100,29 @@ def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path, monkeypat
         archive.writestr("archive/data/0", b"\0" * 12)
     with pytest.raises(WeightsError, match="larger than its storage"):
         torch_file.read_state_dict(path)
+
+
+def test_what_is_small_when_packed_is_not_unpacked(tmp_path):
+    """A zip file of a few kilobytes whose one storage is 64 MB: refused by the size in its directory."""
+    path = torch_zip.write(tmp_path / "x.pth", {"weight": np.ones((2, 3), np.float32)})
+    with zipfile.ZipFile(path) as archive:
+        described = archive.read("archive/data.pkl")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", described)
+        archive.writestr("archive/data/0", b"\0" * (1 << 26))
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    with pytest.raises(WeightsError, match="storage 0 has 67108864 bytes, not 24"):
+        torch_file.read_state_dict(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 23
+    tracemalloc.stop()
+
+
+def test_one_block_of_numbers_does_not_become_thousands_of_arrays():
+    storage = torch_file._Storage(np.dtype("<f4"), 4, np.zeros(4, np.float32))
+    tensors = [torch_file.Tensor(storage, 0, (4,), (1,)) for _ in range(100)]
+    with pytest.raises(WeightsError, match="more than 16 tensors show all of the same block"):
+        torch_file._arrays(tensors, {})
 
 
 def test_other_content_is_refused(tmp_path):
