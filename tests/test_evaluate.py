@@ -72,7 +72,7 @@ def test_records_hold_what_is_needed_to_repeat_them(measured, settings):
         assert record["num_samples"] == 20
         assert record["weights_sha256"] == settings.inception_sha256
         assert record["protocol"].startswith("inception tf, weights ")
-        assert record["protocol"].endswith("clip, variance fraction 0, edm quantisation")
+        assert record["protocol"].endswith(", 12 kept, clip, edm quantisation")
         assert (record["reference"], record["reference_count"]) == ("digits", 16)
         assert (record["method"], record["dataset"], record["guidance_range"]) == ("progressive", "digits", [0.0, 2.0])
         assert ("spread" in record) == (record["metric"] == "is")  # the subsets of KID are all there is: no spread
