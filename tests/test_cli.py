@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from diffdistill import cli
+from diffdistill import command_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = "--config=configs/digits.py:smoke"
@@ -39,11 +39,11 @@ def parse(monkeypatch, capsys):
         sys.modules.pop("config_config", None)  # the config file of the parse before
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command)  # where ml_collections looks for overrides
-            patch.setattr(cli, "FLAGS", values)
+            patch.setattr(command_flags, "FLAGS", values)
             for module, name, define in DEFINITIONS:
                 patch.setattr(module, name, functools.partial(define, flag_values=values))
             try:
-                cli._parse(command)
+                command_flags.parse(command)
             except SystemExit as stop:
                 return capsys.readouterr().err, int(stop.code or 0)
         return None
@@ -77,7 +77,7 @@ def test_a_good_command_line_is_accepted(parse):
         ("--config=configs", "cannot be read: Is a directory: 'configs'."),
         (
             "--mode=nosuch",
-            "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights|import|noise-levels|benchmark>",
+            "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights|import|noise-levels|benchmark|transfer>",
         ),
         ("--mod=train", "Did you mean: mode"),
         ("--num=ten", "--num=ten: must be a whole number."),
