@@ -3,8 +3,13 @@
     python main.py
     python main.py --mode=run --config=configs/digits.py --workdir=runs/digits
 
-The data set is embedded in the package. Append ":smoke" for the same stages with a few tiny updates (a minute), ":edm"
-for the same networks and updates with EDM's preconditioning, training noise, loss weight and samplers.
+The data set is embedded in the package. Append ":smoke" for the same stages with a few tiny updates (a minute), or
+one of the variants, each also with "-smoke":
+
+    :edm         the same networks and updates with EDM's preconditioning, training noise, loss weight and samplers
+    :full        besides, students of the stochastic sampler, distilled encoders, and style transfer in the report
+    :single-<w>  baseline of Meng et al. 2023: one student for one guidance weight
+    :separate    baseline: conditional and unconditional students that two branches combine
 """
 
 from typing import Any
@@ -12,11 +17,17 @@ from typing import Any
 from diffdistill import presets
 from diffdistill.config import default_config, smoke
 
+VARIANTS = ("", "edm", "full", "separate", "single-0", "single-1", "single-2")
+
 
 def get_config(variant: str = "") -> Any:
-    """The settings of a variant: "", "smoke", "edm" or "edm-smoke"."""
-    if variant not in ("", "smoke", "edm", "edm-smoke"):
-        raise ValueError(f"configs/digits.py has no variant {variant!r}; there are 'edm', 'smoke' and 'edm-smoke'.")
+    """The settings of one of VARIANTS, each also with "-smoke" ("smoke" for the first)."""
+    whole = variant.removesuffix("smoke").removesuffix("-")
+    if whole not in VARIANTS or variant.endswith("-"):
+        raise ValueError(
+            f"configs/digits.py has no variant {variant!r}; there are {', '.join(VARIANTS[1:])}, each also with "
+            "'-smoke', and 'smoke'."
+        )
     config = default_config()
     config.name = f"digits-{variant}" if variant else "digits"
 
@@ -37,8 +48,17 @@ def get_config(variant: str = "") -> Any:
 
     config.training.save_every = 200
     config.evaluation.num_samples, config.evaluation.guidance = 1000, (0.0, 1.0, 2.0)
-    if variant.startswith("edm"):
+    if whole == "edm":
         _edm(config)
+    elif whole == "full":
+        config.stochastic.update(halving)
+        config.encoder.update({**halving, "weight": config.encoder.weight})
+        config.evaluation.transfers = ("3 to 8", "9 to 4")
+    elif whole == "separate":
+        guided.num_updates, halving.label_dropout = 0, 0.5
+    elif whole:
+        guided.w_min = guided.w_max = float(whole.removeprefix("single-"))
+        config.evaluation.guidance = (guided.w_min,)
     return smoke(config) if variant.endswith("smoke") else config
 
 

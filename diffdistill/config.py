@@ -188,6 +188,8 @@ class EvaluationConfig:
     guidance: tuple[float, ...] = (0.0, 1.0, 4.0)
     seeds: tuple[int, ...] = ()  # numbers of the first image, one measurement each; empty: a million times the seed
     grid_columns: int = 10
+    # Style transfers of runs with encoder stages, such as "3 to 8": images of one class, by number or name, to another.
+    transfers: tuple[str, ...] = ()
     # The rest concerns inception features.
     protocol: str = "tf"  # tf | pytorch-fid | clean: how images are resized
     reference: str = ""  # file of reference statistics; empty: computed from the run's data
@@ -236,8 +238,8 @@ def smoke(config: Any) -> Any:
     config.training = ConfigDict({"updates_per_call": 2, "log_every": 2, "save_every": 3, "keep": 1})
     config.sampling.batch_size = 50
     # Domain features: nothing has to be fetched.
-    config.evaluation = ConfigDict(dataclasses.asdict(EvaluationConfig(num_samples=50, num_steps=(1, 2))))
-    config.evaluation.guidance = (0.0, 1.0)
+    kept = {"guidance": config.evaluation.guidance[:2], "transfers": config.evaluation.transfers}
+    config.evaluation = ConfigDict(dataclasses.asdict(EvaluationConfig(num_samples=50, num_steps=(1, 2), **kept)))
     return config
 
 

@@ -193,6 +193,14 @@ def _check_combinations(config: Config) -> None:
             )
         if getattr(config, name).num_updates:
             _check_halving(config, name)
+    for text in config.evaluation.transfers:
+        if " to " not in text:
+            raise ConfigError(f"config.evaluation.transfers has {text!r}, but a transfer reads as in '3 to 8'.")
+        if not (model.conditional and config.encoder.num_updates and config.progressive.num_updates):
+            raise ConfigError(
+                f"config.evaluation.transfers has {text!r}, which needs classes, encoder stages and decoder stages: "
+                "config.model.conditional, config.encoder.num_updates and config.progressive.num_updates."
+            )
     if config.data.source == "digits" and config.data.path:
         raise ConfigError(
             f"config.data.path is {config.data.path!r}, but the digits are embedded in the package. "

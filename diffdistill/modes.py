@@ -48,7 +48,7 @@ def _evaluate(interrupt: Any) -> None:
     if FLAGS.images:
         _evaluate_images(interrupt)
         return
-    from diffdistill import evaluate, runner, workdir
+    from diffdistill import evaluate, runner, transfer_files, workdir
     from diffdistill.data.pipeline import in_memory
     from diffdistill.report import save_overview, stage_costs, write_report
     from diffdistill.training.mesh import is_main
@@ -59,6 +59,8 @@ def _evaluate(interrupt: Any) -> None:
     needs_images = folder.has_data or not folder.config.evaluation.reference
     source = in_memory(runner.open_data(folder.config)[0]) if needs_images else None
     evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=say)
+    if source is not None:
+        transfer_files.evaluate(folder, source, say)
     costs = list(stage_costs(folder))  # on every process: checkpoints are opened by all together
     if is_main():
         save_overview(folder, source)
@@ -190,7 +192,7 @@ def _sample(interrupt: Any) -> None:
 
 def _transfer(interrupt: Any) -> None:
     del interrupt
-    from diffdistill import transfer, workdir
+    from diffdistill import transfer_files, workdir
 
     if not (FLAGS.encoder and FLAGS.decoder and FLAGS.source_class and len(FLAGS.labels) == 1):
         fail(
@@ -199,7 +201,7 @@ def _transfer(interrupt: Any) -> None:
             EXIT_USAGE,
         )
     config = _config()
-    transfer.to_files(
+    transfer_files.to_files(
         _as_asked(workdir.read(_workdir(config)), config),
         encoder=FLAGS.encoder,
         decoder=FLAGS.decoder,

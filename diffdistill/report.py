@@ -17,6 +17,7 @@ from diffdistill.evaluate import RESULTS, samples_path
 from diffdistill.evaluation import images, results, tables
 from diffdistill.evaluation.report import write_report as write_page
 from diffdistill.training.checkpoints import StageCheckpoints
+from diffdistill.transfer_files import FOLDER
 from diffdistill.workdir import Workdir
 
 _GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)(?:_(?P<sampler>.+))?\.png")
@@ -36,6 +37,9 @@ def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str,
         grids=list(_grids(folder)),
         facts=_facts(folder),
         costs=costs,
+        transfers=[
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder.path / FOLDER).glob("*.json"))
+        ],
     )
     return f"{tables.terminal_table(measured)}\n{tables.terminal_costs(costs)}", page
 

@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffdistill import chain, runner, sample
-from diffdistill.data.contract import Source
-from diffdistill.data.pipeline import gather
-from diffdistill.data.unlabelled import open_unlabelled
+from diffdistill import chain, sample
+from diffdistill.chain import Stage
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.evaluation import features, images, metrics, strokes
+from diffdistill.evaluation import features, metrics, strokes
 from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.sample import Generator, SampleError
 from diffdistill.samplers import ddim
 from diffdistill.training import mesh as meshes
-from diffdistill.workdir import Workdir, WorkdirError
+from diffdistill.workdir import Workdir
 
-SHOWN = 12  # columns of the picture
+DISTILLED, UNDISTILLED = "distilled", "DDIM"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """An encoder and a decoder, each with its number of steps."""
 
@@ -102,133 +99,85 @@ def _compiled(denoiser: Denoiser, schedule: Schedule, takes_guidance: bool) -> C
     return run
 
 
-def to_files(
-    folder: Workdir,
-    *,
-    encoder: str,
-    decoder: str,
-    pictures: str,
-    source_class: str,
-    target_class: str,
-    w: float,
-    num: int,
-    num_steps: int | None,
-    out: str,
-    say: Callable[[str], Any],
-) -> None:
-    """Transfers images and writes transfer.png and transfer.npz; the arguments are those of the command line.
+@dataclass(frozen=True)
+class Transfer:
+    """What one pair made of images of one class.
 
-    The undistilled models from which encoder and decoder were distilled do the same in as many steps, for comparison.
+    Attributes:
+      noise: (N, H, W, C) float32, what the images were encoded to.
+      back: (N, H, W, C) uint8, decoded as the class that they came from, at w = 0.
+      changed: w -> (N, H, W, C) uint8, decoded as the other class.
+    """
+
+    noise: np.ndarray
+    back: np.ndarray
+    changed: dict[float, np.ndarray]
+
+
+def transfer(pair: Pair, pictures: np.ndarray, first: int, second: int, weights: tuple[float, ...]) -> Transfer:
+    """Images (N, H, W, C) uint8 of class `first` as class `second`, at each guidance weight of `weights`."""
+    from_labels, to_labels = (np.full(len(pictures), label, np.int32) for label in (first, second))
+    noise = pair.encode(pictures, from_labels)
+    changed = {w: pair.decode(noise, to_labels, w) for w in weights}
+    return Transfer(noise, pair.decode(noise, from_labels, 0.0), changed)
+
+
+def figures(
+    made: Transfer, pictures: np.ndarray, reference: np.ndarray, second: int, network: features.FeatureNetwork | None
+) -> dict[str, Any]:
+    """How good a transfer is.
 
     Args:
-      folder: the run that the stages are of.
-      encoder, decoder: stages of it, or paths of stages of other runs.
-      pictures: images of `source_class`; empty: those of the run's data.
-      source_class, target_class: number or name of a class.
-      w: guidance weight of the decoder.
-      num: how many images; 0: 100, or as many as there are.
-      num_steps: of both; None: what each was distilled to.
-      out: folder to write to; empty: <workdir>/transfer.
+      made: of `pictures` to class `second`.
+      reference: (N, H, W, C) the noise that the undistilled model encodes them to in many steps.
+      network: a classifier of the data; None: no class accuracy.
 
-    Raises:
-      SampleError: stages, classes or images that do not fit.
-      DataError, WorkdirError: images or folders that cannot be read or written.
+    Returns:
+      noise_rmse (to the reference), reconstruction_rmse (of back, in units of [-1, 1]) and by_w: a dict for each w
+      with class_accuracy and, for grey images, the correlation of each measure of strokes with that of the originals.
     """
-    place = Path(out) if out else folder.path / "transfer"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WorkdirError(f"{place} cannot be written: {error.strerror}. Choose another with --out=FOLDER.") from error
-    pairs = list(_pairs(folder, encoder, decoder, num_steps))
-    distilled = pairs[0]
-    source, _ = runner.open_data(folder.config)
-    first = distilled.encoder.class_number(source_class)
-    second = distilled.decoder.class_number(target_class)
-    given = _pictures(source, pictures, first, num or 100)
-    from_labels, to_labels = (np.full(len(given), label, np.int32) for label in (first, second))
-    rows, lines = [("images", given)], []
-    network = _classifier(folder, source)
-    for pair in pairs:
-        noise = pair.encode(given, from_labels)
-        back, changed = pair.decode(noise, from_labels, 0.0), pair.decode(noise, to_labels, w)
-        rows += [(f"{pair.name}: back", back), (f"{pair.name}: class {target_class}", changed)]
-        lines.append(_figures(pair, given, back, changed, to_labels, network))
-    _against_many_steps(pairs, given, from_labels, chain.full_steps(folder.config), say)
-    if not meshes.is_main():
-        return
-    columns = min(SHOWN, len(given))
-    tiles = np.concatenate([row[:columns] for _, row in rows])
-    picture = images.grid(tiles, len(rows), columns, row_labels=[name for name, _ in rows])
-    images.save_png(place / "transfer.png", picture)
-    kept = {f"row_{number}_{name}": row for number, (name, row) in enumerate(rows)}
-    images.save_npz(place / "transfer.npz", rows[2][1], to_labels, None, **kept)
-    say("\n".join([*lines, f"{len(given)} images: {place / 'transfer.png'}, {place / 'transfer.npz'}"]))
+    by_w = []
+    for w, changed in made.changed.items():
+        entry: dict[str, Any] = {"w": w}
+        if network is not None:
+            labels = np.full(len(changed), second)
+            entry["class_accuracy"] = metrics.class_accuracy(network.predict(changed), labels)
+        if pictures.shape[-1] == 1:
+            for name, measure in strokes.MEASURES.items():
+                entry[name] = strokes.correlation(measure(pictures), measure(changed))
+        by_w.append(entry)
+    return {
+        "noise_rmse": float(np.sqrt(np.mean(np.square(made.noise - reference)))),
+        "reconstruction_rmse": metrics.paired_rmse(made.back, pictures),
+        "by_w": by_w,
+    }
 
 
-def _pairs(folder: Workdir, encoder: str, decoder: str, num_steps: int | None) -> Iterator[Pair]:
-    """The pair that was asked for, and the undistilled one in as many steps."""
-    own = {stage.name for stage in chain.plan(folder.config)}
-    found = []
-    for name in (encoder, decoder):
-        elsewhere = name not in own and Path(name).is_dir()
-        found.append(sample.locate(name) if elsewhere else (folder, name))
-    first, second = (sample.load_from(*each) for each in found)
-    steps = num_steps or first.num_steps, num_steps or second.num_steps
-    yield Pair("distilled", first, second, *steps)
-    first, second = (_before_halving(opened, name) for opened, name in found)
-    yield Pair("DDIM", first, second, *steps)
+def pairs(
+    encoder: tuple[Workdir, str], decoder: tuple[Workdir, str], encoder_steps: int | None, decoder_steps: int | None
+) -> tuple[Pair, Pair]:
+    """The pair of two stages, (run, name of the stage) each, and the undistilled models they began with.
+
+    Both take the same numbers of steps; None: those that the stages were distilled to.
+    """
+    first, second = sample.load_from(*encoder), sample.load_from(*decoder)
+    steps = encoder_steps or first.num_steps, decoder_steps or second.num_steps
+    return (
+        Pair(DISTILLED, first, second, *steps),
+        Pair(UNDISTILLED, _before_halving(*encoder), _before_halving(*decoder), *steps),
+    )
+
+
+def many_step_noise(pair: Pair, pictures: np.ndarray, first: int, num_steps: int) -> np.ndarray:
+    """The noise that the encoder of an undistilled pair finds in `num_steps` steps."""
+    labels = np.full(len(pictures), first, np.int32)
+    return dataclasses.replace(pair, encoder_steps=num_steps).encode(pictures, labels)
 
 
 def _before_halving(folder: Workdir, name: str) -> Generator:
     """The model that the chain of a stage began with."""
-    stages = {stage.name: stage for stage in chain.plan(folder.config)}
+    stages: dict[str, Stage] = {stage.name: stage for stage in chain.plan(folder.config)}
     stage = stages[name]
     while stage.num_steps:
         stage = stages[stage.teacher]
     return sample.load_stage(folder, stage)
-
-
-def _pictures(source: Source, path: str, label: int, num: int) -> np.ndarray:
-    if path:
-        height, _, channels = source.image_shape
-        given = open_unlabelled(path, height, channels)
-        return gather(given, np.arange(min(num, len(given))))["image"]
-    data = gather(source, np.arange(min(len(source), 20_000)))
-    return data["image"][data["label"] == label][:num]
-
-
-def _classifier(folder: Workdir, source: Source) -> features.FeatureNetwork | None:
-    """The run's feature network, where the data has classes and the run is measured by it."""
-    if folder.config.evaluation.features != "domain" or source.num_classes < 2:
-        return None
-    data = gather(source, np.linspace(0, len(source) - 1, min(len(source), 10_000)).astype(np.int64))
-    cache = folder.path / "evaluation" / "cache"
-    return features.train_or_load(data["image"], data["label"], source.num_classes, source.fingerprint(), cache)
-
-
-def _figures(
-    pair: Pair,
-    given: np.ndarray,
-    back: np.ndarray,
-    changed: np.ndarray,
-    labels: np.ndarray,
-    network: features.FeatureNetwork | None,
-) -> str:
-    """One line: reconstruction, class and strokes of a transfer."""
-    parts = [f"reconstruction RMSE {metrics.paired_rmse(back, given):.3g}"]
-    if network is not None:
-        parts.append(f"class accuracy {100 * metrics.class_accuracy(network.predict(changed), labels):.1f} %")
-    if given.shape[-1] == 1:
-        for name, measure in strokes.MEASURES.items():
-            parts.append(f"correlation of {name} {strokes.correlation(measure(given), measure(changed)):.2f}")
-    return f"{pair.name}, {pair.encoder_steps} + {pair.decoder_steps} steps: {', '.join(parts)}"
-
-
-def _against_many_steps(
-    pairs: list[Pair], given: np.ndarray, labels: np.ndarray, full: int, say: Callable[[str], Any]
-) -> None:
-    """Says how far each encoder is from the undistilled one in `full` steps."""
-    reference = dataclasses.replace(pairs[-1], encoder_steps=full).encode(given, labels)
-    for pair in pairs:
-        distance = np.sqrt(np.mean(np.square(pair.encode(given, labels) - reference)))
-        say(f"{pair.name} encoder, {pair.encoder_steps} steps: RMSE {distance:.3g} to DDIM's noise in {full} steps")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from configs import guided, progressive
+from configs import digits, guided, progressive
 from diffdistill import chain, config, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
@@ -159,7 +159,7 @@ def test_a_plan_without_guidance_halves_the_teacher_itself():
 
 
 ROWS = {
-    "digits": ["", "smoke", "edm", "edm-smoke"],
+    "digits": [f"{row}-smoke".removeprefix("-") if smoke else row for row in digits.VARIANTS for smoke in (0, 1)],
     "fashion_mnist": ["", "smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],

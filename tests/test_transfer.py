@@ -1,12 +1,13 @@
 """Encoder stages and --mode=transfer on a smoke run: what is trained, written, said and refused."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 
-from diffdistill import chain, runner, sample, transfer, workdir
+from diffdistill import chain, report, runner, sample, transfer, transfer_files, workdir
 from diffdistill.config import EncoderConfig
 from diffdistill.evaluation import images
 from diffdistill.sample import SampleError
@@ -63,20 +64,47 @@ def write(opened, out, **changes) -> list[str]:
         "num_steps": None,
         "out": str(out),
     }
-    transfer.to_files(opened, say=said.append, **{**settings, **changes})
+    transfer_files.to_files(opened, say=said.append, **{**settings, **changes})
     return said
 
 
 def test_pictures_and_figures_of_both_pairs(opened, tmp_path):
     said = "\n".join(write(opened, tmp_path))
     for pair in ("distilled", "DDIM"):
-        assert f"{pair}, 2 + 2 steps: reconstruction RMSE" in said
-        assert f"{pair} encoder, 2 steps: RMSE" in said
+        assert f"{pair}, 2 + 2 steps: noise RMSE" in said
+        assert said.count("noise RMSE") == 2
     assert said.count("class accuracy") == said.count("correlation of slant") == 2
     assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
     with np.load(tmp_path / "transfer.npz") as file:
         assert file["images"].shape == (6, 8, 8, 1)
         assert file["labels"].tolist() == [8] * 6
+
+
+def test_transfers_of_a_run_are_in_its_report(opened):
+    evaluation = dataclasses.replace(opened.config.evaluation, transfers=("3 to 8",), guidance=(0.0, 1.0, 4.5))
+    folder = dataclasses.replace(opened, config=dataclasses.replace(opened.config, evaluation=evaluation))
+    said: list[str] = []
+    transfer_files.evaluate(folder, runner.open_data(folder.config)[0], said.append)
+    record = json.loads((folder.path / "evaluation/transfer/3_to_8.json").read_text())
+    assert [(entry["pair"], entry["steps"]) for entry in record["entries"]] == [
+        ("distilled", 2),
+        ("DDIM", 2),
+        ("distilled", 1),
+        ("DDIM", 1),
+    ]
+    assert len(said) == 2
+    for entry in record["entries"]:
+        assert entry["noise_rmse"] > 0
+        assert entry["reconstruction_rmse"] > 0
+        assert [each["w"] for each in entry["by_w"]] == [0.0, 1.0]  # the students know no w of 4.5
+        for each in entry["by_w"]:
+            assert 0 <= each["class_accuracy"] <= 1
+            assert all(-1 <= each[name] <= 1 for name in ("slant", "thickness"))
+    _, page = report.write_report(folder, [])
+    text = page.read_text()
+    assert "Style transfer 3 to 8" in text
+    assert "Correlation of slant, w = 1" in text
+    assert "is missing" not in text[text.index("Style transfer") : text.index("What each stage cost")]
 
 
 def test_images_and_models_from_elsewhere(opened, smoke_run, tmp_path):

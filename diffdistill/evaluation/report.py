@@ -7,7 +7,8 @@ Input is plain data, so that any chain can be reported:
   one, holds the mean loss of equal bins of log-SNR over LOG_SNR_RANGE (null: no example);
 - grids: {"path", "stage", "num_steps", "w"}, optionally "caption";
 - facts: name -> value, shown as text;
-- costs: {"stage", "updates", "flops", "wall_seconds"} in the order of the chain; further fields become columns.
+- costs: {"stage", "updates", "flops", "wall_seconds"} in the order of the chain; further fields become columns;
+- transfers: records that transfer_files.evaluate writes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffdistill.evaluation import page, plots, tables
+from diffdistill.evaluation import page, plots, tables, transfer_section
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.tables import Block, Entry, Weight
 
@@ -49,6 +50,7 @@ def write_report(
     grids: Sequence[Entry] = (),
     facts: Mapping[str, Any] | None = None,
     costs: Sequence[Entry] = (),
+    transfers: Sequence[Entry] = (),
 ) -> Path:
     """Writes the page to `path`, and beside it distance.png (all guidance weights) and plots/*.png (one each).
 
@@ -81,6 +83,9 @@ def write_report(
     if guidance:
         sections.append(page.section("guidance", "FID against inception score over w", guidance))
         links.append(("guidance", "FID against IS"))
+    if transfers:
+        sections += transfer_section.sections(folder / "evaluation" / "transfer", transfers)
+        links.append(("transfers", "transfer"))
     links += [("costs", "cost"), ("losses", "losses"), ("run", "run")]
     content = [
         f"<header><h1>{page.escape(title)}</h1>",
