@@ -25,7 +25,7 @@ from diffdistill.config import (
     TeacherConfig,
 )
 from diffdistill.data import augmentation
-from diffdistill.diffusion import noise, parameterisation, schedules, weighting
+from diffdistill.diffusion import conditioning, noise, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.methods import Method
 from diffdistill.methods.encoder import encoder_halving
@@ -66,6 +66,7 @@ class DataFacts:
     image_shape: tuple[int, int, int]
     num_classes: int
     class_names: tuple[str, ...] = ()
+    latents: bool = False  # floating-point arrays, not bytes of pixels
 
 
 def plan(config: Config) -> tuple[Stage, ...]:
@@ -167,7 +168,7 @@ def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dro
         remat=model.remat,
         attention=model.attention,
     )
-    return Denoiser(network, output, num_classes, facts.image_shape)
+    return Denoiser(network, output, num_classes, facts.image_shape, conditioning.get(model.image_condition))
 
 
 def weight_of(model: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
@@ -259,6 +260,7 @@ def check_data(config: Config, facts: DataFacts) -> None:
             f"{expected[0]} in {expected[1]} (config.data.image_shape and num_classes; 0 classes: any number). "
             "Give the right path, convert with config.data.image_size and channels, or change what is expected."
         )
+    _check_latents(config, facts)
     height, width, _ = facts.image_shape
     factor = 2 ** (len(config.model.multipliers) - 1)
     if height % factor or width % factor:
@@ -269,3 +271,27 @@ def check_data(config: Config, facts: DataFacts) -> None:
         )
     if config.model.conditional and facts.num_classes < 1:
         raise ConfigError("config.model.conditional is True, but the data has no classes. Set it to False.")
+
+
+def _check_latents(config: Config, facts: DataFacts) -> None:
+    data, sampling = config.data, config.sampling
+    if not facts.latents:
+        if data.latent_shift or data.latent_scale != 1.0:
+            raise ConfigError(
+                "config.data.latent_shift and latent_scale are for latents, but the data are images, which always "
+                "become [-1, 1]. Leave them out."
+            )
+        return
+    wrong = {
+        "config.data.flip=False": data.flip,  # the latents of a mirrored image are not the mirrored latents
+        "config.teacher.augmentation=0": config.teacher.augmentation,
+        "config.sampling.clip=False": sampling.clip,
+        "config.sampling.quantisation=none": sampling.quantisation != "none",
+        "config.evaluation.num_samples=0": config.evaluation.num_samples,
+    }
+    needed = [setting for setting, is_wrong in wrong.items() if is_wrong]
+    if needed:
+        raise ConfigError(
+            f"The data are latents, not images: set {', '.join(f'--{setting}' for setting in needed)}. To measure a "
+            "model of latents, decode what --mode=sample writes and give the images to --mode=evaluate --images."
+        )

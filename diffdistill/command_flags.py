@@ -39,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
     flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
     flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
+    flags.DEFINE_bool("extrapolate_w", False, "sample: accept a w that the stage was not distilled for.")
     flags.DEFINE_string(
         "sampler", "", "sample: ddim, ancestral, euler, heun, churn or ablation (default from the config)."
     )
@@ -64,7 +65,13 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
     )
-    flags.DEFINE_string("images", "", "evaluate: folder, zip, tar, .npz or .npy of images made elsewhere.")
+    flags.DEFINE_string(
+        "images",
+        "",
+        "evaluate: folder, zip, tar, .npz or .npy of images made elsewhere. sample: images that a model from image to "
+        "image is shown. transfer: images of --source_class (default those of the data).",
+    )
+    flags.DEFINE_string("mask", "", "sample: picture or .npy file, bright or 1 where the --images are to be made anew.")
     flags.DEFINE_string("reference", "", "evaluate --images: statistics (.npz), or images as --images takes them.")
     flags.DEFINE_string("table", "", "table: which, such as progressive/2; without it all are listed.")
     flags.DEFINE_list("results", ["runs"], "table: results.jsonl files, or folders that are searched for them.")

@@ -22,7 +22,7 @@ from diffdistill.fields import ConfigError as ConfigError
 class DataConfig:
     """Where the images come from (see data.sources.open_source)."""
 
-    source: str = "digits"  # digits | idx | images | tfds | array_record
+    source: str = "digits"  # digits | idx | images | tfds | array_record | latents
     dataset: str = ""  # what tables of papers call it, such as cifar10; empty: the source
     path: str = ""  # folder, zip, tar or TFDS name; empty for the embedded digits
     split: str = "train"
@@ -32,6 +32,9 @@ class DataConfig:
     # What the images of this config are known to be: other images are refused. Empty and 0: whatever the source holds.
     image_shape: tuple[int, ...] = ()
     num_classes: int = 0
+    # Of latents: the network sees (latent - latent_shift) * latent_scale; one shift for all channels, or one for each.
+    latent_shift: tuple[float, ...] = ()
+    latent_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class ModelConfig:
     prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
     sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
+    # From image to image: what the network is shown beside z. inpainting | super_resolution | colourisation
+    image_condition: str = ""
     architecture: str = "unet"  # unet | ddpmpp | ncsnpp | edm_adm
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 2)
@@ -155,7 +160,7 @@ class SamplingConfig:
     batch_size: int = 250
     clip: bool = True
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
-    # edm: to the nearest byte; adm: truncated, as in the papers that evaluate with ADM's code
+    # edm: to the nearest byte; adm: truncated, as papers that evaluate with ADM do; none: float32, of latents
     quantisation: str = "edm"
     # Of euler, heun, churn and ablation: noise levels s = sigma / alpha from sigma_max to sigma_min (0: the published
     # ends), spread by rho, never beyond what the process has; alpha of steps of second order (1 Heun, 1/2 midpoint).

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffdistill import fields
 from diffdistill.data.augmentation import LABELS as AUGMENTATION_FEATURES
-from diffdistill.diffusion import noise, parameterisation, schedules, weighting
+from diffdistill.diffusion import conditioning, noise, parameterisation, schedules, weighting
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
 from diffdistill.fields import ConfigError
 from diffdistill.models import architectures, song_unet
@@ -29,15 +29,18 @@ def check(config: Config) -> None:
 
 
 def _check_names(config: Config) -> None:
-    fields.one_of("config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record"])
+    fields.one_of(
+        "config.data.source", config.data.source, ["digits", "idx", "images", "tfds", "array_record", "latents"]
+    )
     fields.one_of("config.process.schedule", config.process.schedule, list(schedules.SCHEDULES))
     fields.one_of("config.model.prediction", config.model.prediction, list(parameterisation.PARAMETERISATIONS))
     _check_architecture(config.model)
+    fields.one_of("config.model.image_condition", config.model.image_condition, ["", *conditioning.TASKS])
     fields.one_of("config.model.dtype", config.model.dtype, ["float32", "bfloat16"])
     fields.one_of("config.model.attention", config.model.attention, ["auto", "xla", "cudnn"])
     fields.one_of("config.guided.w_embedding", config.guided.w_embedding, ["mapped", "raw"])
     fields.one_of("config.sampling.sampler", config.sampling.sampler, list(SAMPLERS))
-    fields.one_of("config.sampling.quantisation", config.sampling.quantisation, list(QUANTISATIONS))
+    fields.one_of("config.sampling.quantisation", config.sampling.quantisation, [*QUANTISATIONS, "none"])
     for index, sampler in enumerate(config.evaluation.samplers):
         fields.one_of(f"config.evaluation.samplers[{index}]", sampler, list(SAMPLERS))
     fields.one_of("config.evaluation.protocol", config.evaluation.protocol, list(PROTOCOLS))
@@ -193,6 +196,16 @@ def _check_combinations(config: Config) -> None:
             )
         if getattr(config, name).num_updates:
             _check_halving(config, name)
+    if model.image_condition and config.encoder.num_updates:
+        raise ConfigError(
+            "config.model.image_condition and config.encoder exclude each other: what is shown of an image would be "
+            "encoded too. Set config.encoder.num_updates=0."
+        )
+    if config.sampling.quantisation == "none" and config.evaluation.num_samples:
+        raise ConfigError(
+            "config.sampling.quantisation is 'none', but figures are of images made of bytes. Set 'edm' or 'adm', or "
+            "--config.evaluation.num_samples=0."
+        )
     for text in config.evaluation.transfers:
         if " to " not in text:
             raise ConfigError(f"config.evaluation.transfers has {text!r}, but a transfer reads as in '3 to 8'.")
@@ -204,8 +217,10 @@ def _check_combinations(config: Config) -> None:
     if config.data.source == "digits" and config.data.path:
         raise ConfigError(
             f"config.data.path is {config.data.path!r}, but the digits are embedded in the package. "
-            "Set config.data.source to idx, images, tfds or array_record to read a path."
+            "Set config.data.source to idx, images, tfds, array_record or latents to read a path."
         )
+    if not config.data.latent_scale > 0:
+        raise ConfigError(f"config.data.latent_scale is {config.data.latent_scale}, but must be positive.")
     if len(config.data.image_shape) not in (0, 3):
         raise ConfigError(
             f"config.data.image_shape is {config.data.image_shape}, but must be (height, width, channels) or ()."

@@ -19,6 +19,7 @@ import numpy as np
 from diffdistill import chain, judges, runner
 from diffdistill.chain import Stage
 from diffdistill.data.contract import Source
+from diffdistill.data.pipeline import gather
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.judges.contract import SHOWN, Judge, Measurement
@@ -106,7 +107,10 @@ def evaluate(
         return
     todo = list(measurements(folder, stages, judge.needs_reference))
     done = results.finished(results.read(folder.path / RESULTS))
-    models = {stage.name: _Model(folder, judge, load_stage(folder, stage)) for stage in {item.stage for item in todo}}
+    models = {
+        stage.name: _Model(folder, judge, with_examples(load_stage(folder, stage), source))
+        for stage in {item.stage for item in todo}
+    }
     wanted = {item: models[item.stage.name].unmeasured(item, done) for item in todo}
     open_items = {item for item in todo if wanted[item] or not _pictures_exist(folder, item)}
     # The reference is needed for whatever else is missing at the same w and seed.
@@ -124,6 +128,13 @@ def evaluate(
             bar.advance(number + 1, {})
     finally:
         bar.close()
+
+
+def with_examples(generator: Generator, source: Source | None) -> Generator:
+    """A model from image to image is shown image seed modulo their number of the data; any other stays as it is."""
+    if generator.denoiser.task is None or source is None:
+        return generator
+    return dataclasses.replace(generator, examples=lambda seeds: gather(source, seeds % len(source)))
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,8 @@ def propose(source: Source, *, limit: int = 2000, seed: int = 0) -> Proposal:
             f"{source.name}: noise levels need 2 images or more; it has {len(source)}, and the limit is {limit}. Give "
             "more images"
         )
+    if source.dtype != np.uint8:
+        raise DataError(f"{source.name}: noise levels are proposed for images of bytes, not for {source.dtype} latents")
     chosen = np.random.default_rng(seed).choice(len(source), count, replace=False)
     images = gather(source, np.sort(chosen))["image"]
     if not np.any(images != images[0]):

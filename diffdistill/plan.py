@@ -15,6 +15,7 @@ from diffdistill import chain, runner
 from diffdistill import config as configs
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config
+from diffdistill.methods.base import shown
 from diffdistill.models.denoiser import Condition
 from diffdistill.training import mesh as meshes
 
@@ -139,7 +140,9 @@ def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
 
     def residuals(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> Any:
         condition = Condition(
-            label=label if denoiser.num_classes else None, guidance=w if stage.conditioned_on_guidance else None
+            label=label if denoiser.num_classes else None,
+            guidance=w if stage.conditioned_on_guidance else None,
+            image=shown(denoiser, jax.random.key(0), z),
         )
         return jax.vjp(lambda params: denoiser(params, z, log_snr, condition), params)[1]
 

@@ -16,6 +16,7 @@ from diffdistill import chain, workdir
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config, ConfigError, to_dict
 from diffdistill.data.contract import Source
+from diffdistill.data.latents import scaled
 from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
 from diffdistill.methods import Method
@@ -49,8 +50,11 @@ class Run:
 def open_data(config: Config) -> tuple[Source, DataFacts]:
     """The images of a config and what networks need to know of them. Raises DataError or ConfigError."""
     source = open_images(config)
-    facts = DataFacts(source.image_shape, source.num_classes, tuple(source.class_names))
+    latents = source.dtype != np.uint8
+    facts = DataFacts(source.image_shape, source.num_classes, tuple(source.class_names), latents)
     chain.check_data(config, facts)
+    if latents:
+        source = scaled(source, config.data.latent_shift, config.data.latent_scale)
     return source, facts
 
 

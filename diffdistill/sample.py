@@ -21,9 +21,13 @@ import numpy as np
 
 from diffdistill import chain, runner, samplers, workdir
 from diffdistill.chain import Stage
+from diffdistill.data.latents import scaling
+from diffdistill.data.pipeline import Batch
+from diffdistill.diffusion.conditioning import random_hole
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.evaluation import protocols
 from diffdistill.evaluation.stream import Chunk
+from diffdistill.methods.base import images
 from diffdistill.models.denoiser import Condition, Denoiser, guided
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir
@@ -37,7 +41,8 @@ class SampleError(ValueError):
 class Samples:
     """Images (N, H, W, C) with the labels (N,) and seeds (N,) that made them.
 
-    Images are uint8, or, of a generator whose quantisation is "none", float32 in units of [-1, 1], not clipped.
+    Images are uint8, or, of a generator whose quantisation is "none", float32 in units of [-1, 1], not clipped; latents
+    are float32 in the units of the data.
     """
 
     images: np.ndarray
@@ -58,6 +63,9 @@ class Generator:
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
       sampler, clip, quantisation, batch_size: defaults of `sample`.
       is_encoder: whether it was distilled to go from images to noise; such a model cannot be sampled.
+      extrapolates: whether a guidance weight outside guidance_range is accepted.
+      latent_scaling: (shift (C,), scale) between the data and what the network sees of it; None for images.
+      examples: seeds -> images and labels that a model from image to image is shown where no others are given.
       settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
 
@@ -75,6 +83,9 @@ class Generator:
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
     is_encoder: bool = False
+    extrapolates: bool = False
+    latent_scaling: tuple[np.ndarray, np.float32] | None = None
+    examples: Callable[[np.ndarray], Batch] | None = None
 
     def sample(
         self,
@@ -86,6 +97,8 @@ class Generator:
         num_steps: int | None = None,
         sampler: str | None = None,
         latents: np.ndarray | None = None,
+        pictures: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
         progress: Callable[[int], Any] = lambda done: None,
     ) -> Samples:
         """Images number seed, seed + 1, ..., seed + num - 1.
@@ -100,22 +113,29 @@ class Generator:
           sampler: a name of samplers.SAMPLERS.
           latents: (num, H, W, C) float32, initial noise of unit variance in place of the seeds', for any sampler: those
             of EDM multiply it by their first noise level themselves.
+          pictures: (num, H, W, C) uint8 images, or float32 latents as the network sees them, of which a model from
+            image to image is shown what its task says; by default `examples`.
+          masks: (num, H, W), 1 or True where the image is to be made, of a model that fills holes; by default a random
+            rectangle that depends on the seed.
           progress: called with the number of images done so far.
 
         Raises:
-          SampleError: labels, latents, w, num_steps or a sampler that do not suit the model.
+          SampleError: labels, latents, w, num_steps, a sampler, pictures or masks that do not suit the model.
         """
         num_steps = self.num_steps if num_steps is None else num_steps
         settings = {"labels": labels, "w": w, "num_steps": num_steps, "sampler": sampler, "latents": latents}
         dtype = np.float32 if self.quantisation == "none" else np.uint8
-        pictures = np.empty((num, *self.denoiser.image_shape), dtype)
-        for chunk in self.stream(num, seed=seed, **settings):
-            pictures[chunk.first : chunk.stop] = meshes.all_rows(chunk.images)[: chunk.stop - chunk.first]
+        made = np.empty((num, *self.denoiser.image_shape), dtype)
+        for chunk in self.stream(num, seed=seed, pictures=pictures, masks=masks, **settings):
+            made[chunk.first : chunk.stop] = meshes.all_rows(chunk.images)[: chunk.stop - chunk.first]
             progress(chunk.stop)
+        if self.latent_scaling is not None:
+            shift, scale = self.latent_scaling
+            made = made / scale + shift
         seeds = np.arange(seed, seed + num, dtype=np.int32)
         return Samples(
-            pictures,
-            self._labels(seeds, labels),
+            made,
+            self._labels(seeds, labels, pictures),
             seeds,
             self.network_evaluations(num_steps, w, sampler or self.sampler),
         )
@@ -130,6 +150,8 @@ class Generator:
         num_steps: int | None = None,
         sampler: str | None = None,
         latents: np.ndarray | None = None,
+        pictures: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
         first: int = 0,
     ) -> Iterator[Chunk]:
         """The same images as `sample`, chunk by chunk and left on the devices; arguments and errors are those of it.
@@ -139,15 +161,20 @@ class Generator:
         num_steps = self.num_steps if num_steps is None else num_steps
         sampler = self.sampler if sampler is None else sampler
         self._check(num, seed, w, num_steps, sampler, latents)
+        self._check_pictures(num, pictures, masks)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
-        chosen = self._labels(seeds, labels)
+        chosen = self._labels(seeds, labels, pictures)
         run = self._compiled(sampler, two_branches=self._two_branches(w))
         mesh = meshes.make_mesh()
         chunk = self.chunk_size(num)
         for start in range(first, num, chunk):
             rows = np.minimum(np.arange(start, start + chunk), num - 1)  # the last chunk is filled with its last image
             noise = None if latents is None else np.asarray(latents, np.float32)[rows]
-            inputs = jax.tree.map(functools.partial(meshes.shard_rows, mesh), (seeds[rows], chosen[rows], noise))
+            given = self._shown(seeds[rows], None if pictures is None else pictures[rows])
+            holes = None if masks is None else np.asarray(masks, np.float32)[rows]
+            inputs = jax.tree.map(
+                functools.partial(meshes.shard_rows, mesh), (seeds[rows], chosen[rows], noise, given, holes)
+            )
             pixels = run(self.params, *inputs, np.float32(w), np.int32(num_steps))
             yield Chunk(pixels, start, min(start + chunk, num))
 
@@ -193,10 +220,10 @@ class Generator:
             raise SampleError(f"the latents ({latents.dtype}) must be finite floating-point numbers.")
         if self.guidance_range is not None:
             low, high = self.guidance_range
-            if not low <= w <= high:
+            if not (low <= w <= high or self.extrapolates):
                 raise SampleError(
                     f"w is {w}, but stage {self.name} was distilled for guidance weights from {low} to {high} "
-                    f"(w = 0 is no guidance; the other common scale is 1 + w)."
+                    f"(w = 0 is no guidance; the other common scale is 1 + w). --extrapolate_w samples it nevertheless."
                 )
         elif w != 0.0 and not self.has_null_class:
             raise SampleError(
@@ -204,8 +231,38 @@ class Generator:
                 "them (config.teacher.label_dropout). Use w = 0."
             )
 
-    def _labels(self, seeds: np.ndarray, labels: Sequence[int | str] | np.ndarray | None) -> np.ndarray:
+    def _check_pictures(self, num: int, pictures: np.ndarray | None, masks: np.ndarray | None) -> None:
+        task, shape = self.denoiser.task, self.denoiser.image_shape
+        if task is None:
+            if pictures is not None or masks is not None:
+                raise SampleError(f"stage {self.name} makes images from noise alone; leave pictures and masks out.")
+            return
+        if pictures is None and self.examples is None:
+            raise SampleError(f"stage {self.name} ({task.name}) makes images from images: give some (--images=PATH).")
+        if pictures is not None and pictures.shape != (num, *shape):
+            raise SampleError(
+                f"the pictures have shape {pictures.shape}, but {num} images of stage {self.name} need {(num, *shape)}."
+            )
+        if masks is not None and not task.takes_mask:
+            raise SampleError(f"stage {self.name} ({task.name}) takes no mask; leave it out.")
+        if masks is not None and (masks.shape != (num, *shape[:2]) or not np.isin(masks, (0, 1)).all()):
+            raise SampleError(
+                f"the masks have shape {masks.shape}, but {num} images of stage {self.name} need {(num, *shape[:2])}, "
+                "1 where the image is to be made and 0 elsewhere."
+            )
+
+    def _shown(self, seeds: np.ndarray, pictures: np.ndarray | None) -> np.ndarray | None:
+        if pictures is not None or self.denoiser.task is None:
+            return pictures
+        assert self.examples is not None  # checked before
+        return self.examples(seeds)["image"]
+
+    def _labels(
+        self, seeds: np.ndarray, labels: Sequence[int | str] | np.ndarray | None, pictures: np.ndarray | None
+    ) -> np.ndarray:
         classes = self.denoiser.num_classes
+        if labels is None and classes and self.denoiser.task is not None and pictures is None and self.examples:
+            return self.examples(seeds)["label"]
         if labels is None:
             return (seeds % max(classes, 1)).astype(np.int32)
         if not classes:
@@ -260,11 +317,18 @@ def _compiled(
 
     @functools.partial(
         jax.jit,
-        in_shardings=(everywhere, rows, rows, rows, everywhere, everywhere),
+        in_shardings=(everywhere, rows, rows, rows, rows, rows, everywhere, everywhere),
         out_shardings=rows,
     )
     def run(
-        params: Any, seeds: jax.Array, labels: jax.Array, latents: jax.Array | None, w: jax.Array, num_steps: jax.Array
+        params: Any,
+        seeds: jax.Array,
+        labels: jax.Array,
+        latents: jax.Array | None,
+        pictures: jax.Array | None,
+        masks: jax.Array | None,
+        w: jax.Array,
+        num_steps: jax.Array,
     ) -> jax.Array:
         keys = jax.vmap(jax.random.key)(seeds)
         if latents is None:
@@ -273,6 +337,7 @@ def _compiled(
         condition = Condition(
             label=labels if denoiser.num_classes else None,
             guidance=jnp.full(seeds.shape, w) if two_branches or takes_guidance else None,
+            image=shown_of(denoiser, keys, pictures, masks),
         )
         x = samplers.get(sampler)(
             lambda z, log_snr: model(params, z, log_snr, condition),
@@ -286,6 +351,21 @@ def _compiled(
         return protocols.quantise(x, quantisation)
 
     return run
+
+
+def shown_of(
+    denoiser: Denoiser, keys: jax.Array, pictures: jax.Array | None, masks: jax.Array | None
+) -> jax.Array | None:
+    """What a model from image to image is shown of pictures (B, H, W, C); the key of an image says where its hole is.
+
+    masks: (B, H, W); None: drawn from the keys. None for any other model.
+    """
+    if denoiser.task is None or pictures is None:
+        return None
+    _, height, width, _ = pictures.shape
+    if masks is None:
+        masks = jax.vmap(lambda key: random_hole(jax.random.fold_in(key, 2), height, width))(keys)
+    return denoiser.task.show(images({"image": pictures}), masks)
 
 
 def samplers_for(stage: Stage, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -349,4 +429,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
         is_encoder=stage.method == "encoder",
+        latent_scaling=scaling(config.data.latent_shift, config.data.latent_scale, folder.facts.image_shape[-1])
+        if folder.facts.latents
+        else None,
     )

@@ -7,11 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffdistill.data.latents import open_latents, scaled
+from diffdistill.data.pipeline import gather
+from diffdistill.data.pixels import SUFFIXES, decode
+from diffdistill.data.unlabelled import open_unlabelled
 from diffdistill.evaluation import images, protocols
-from diffdistill.sample import Generator, SampleError, Samples, load_from
+from diffdistill.sample import Generator, SampleError, Samples, load_from, shown_of
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir, WorkdirError
 
@@ -25,16 +30,23 @@ def to_files(
     seed: int,
     labels: Sequence[str],
     latents: str,
+    pictures: str = "",
+    mask: str = "",
     w: float,
+    extrapolate: bool,
     num_steps: int | None,
     sampler: str | None,
     quantisation: str,
     say: Callable[[str], Any],
 ) -> None:
-    """Samples a stage and writes <out>/samples.png and <out>/samples.npz; the arguments are those of the command line.
+    """Samples a stage and writes <out>/samples.npz and, of images, <out>/samples.png.
 
-    num = 0 means as many as there are latents, or 100. quantisation: "" is that of the run. labels: classes, or one
-    .npy file of them.
+    The arguments are those of the command line.
+
+    num = 0 means as many as there are latents, or 100. extrapolate: whether w may lie outside the range that the stage
+    was distilled for. quantisation: "" is that of the run. labels: classes, or one .npy file of them. pictures, mask:
+    what a model from image to image is shown, as many images as are to be made; the mask is one picture for all, or an
+    .npy file (num, H, W), bright or 1 where the image is to be made.
 
     Raises:
       SampleError: latents that cannot be read, or anything that `Generator.sample` refuses.
@@ -42,7 +54,7 @@ def to_files(
     """
     from tqdm import tqdm
 
-    generator = load_from(folder, stage)
+    generator = dataclasses.replace(load_from(folder, stage), extrapolates=extrapolate)
     if quantisation:
         generator = dataclasses.replace(generator, quantisation=quantisation)
     place = Path(out) if out else folder.path / "samples"
@@ -54,7 +66,9 @@ def to_files(
         ) from error
     noise = _read_array("latents", latents) if latents else None
     classes = _read_labels(labels[0]) if len(labels) == 1 and labels[0].endswith(".npy") else list(labels)
-    num = num or (100 if noise is None else len(noise))
+    given = _read_pictures(pictures, num, generator) if pictures else None
+    masks = _read_masks(mask, len(given), generator) if mask and given is not None else None
+    num = num or next((len(array) for array in (noise, given) if array is not None), 100)
     with tqdm(total=num, desc="sampling", unit="image", delay=2, disable=None) as bar:
         samples = generator.sample(
             num,
@@ -64,18 +78,27 @@ def to_files(
             num_steps=num_steps,
             sampler=sampler,
             latents=noise,
+            pictures=given,
+            masks=masks,
             progress=lambda done: bar.update(done - bar.n),
         )
     if not meshes.is_main():
         return
-    shown = samples
-    if samples.images.dtype != np.uint8:
-        shown = dataclasses.replace(samples, images=np.asarray(protocols.quantise(jnp.asarray(samples.images), "edm")))
-    save_grid(place / "samples.png", shown, generator, max(10, int(np.ceil(np.sqrt(num)))))
-    images.save_npz(place / "samples.npz", samples.images, samples.labels, samples.seeds)
+    files, what = [place / "samples.npz"], "latents"
+    if generator.latent_scaling is None:
+        shown, what = samples, "images"
+        if samples.images.dtype != np.uint8:
+            pixels = protocols.quantise(jnp.asarray(samples.images), "edm")
+            shown = dataclasses.replace(samples, images=np.asarray(pixels))
+        files.insert(0, place / "samples.png")
+        save_grid(files[0], shown, generator, max(10, int(np.ceil(np.sqrt(num)))))
+        if given is not None and given.dtype == np.uint8:
+            files.insert(1, place / "pairs.png")
+            _save_pairs(files[1], given, masks, shown, generator)
+    images.save_npz(files[-1], samples.images, samples.labels, samples.seeds)
     say(
-        f"{num} images from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
-        f"{samples.network_evaluations} network evaluations each: {place / 'samples.png'}, {place / 'samples.npz'}"
+        f"{num} {what} from {generator.name}, {num_steps or generator.num_steps} steps, w = {w:g}, "
+        f"{samples.network_evaluations} network evaluations each: {', '.join(map(str, files))}"
     )
 
 
@@ -101,6 +124,55 @@ def save_grid(path: Path, samples: Samples, generator: Generator, columns: int) 
     names = [generator.class_names[label] if generator.class_names else str(label) for label, _ in present]
     flat = tiles.reshape(-1, *samples.images.shape[1:])
     images.save_png(path, images.grid(flat, len(present), width, row_labels=names))
+
+
+def _save_pairs(
+    path: Path, pictures: np.ndarray, masks: np.ndarray | None, samples: Samples, generator: Generator
+) -> None:
+    """Two rows: what the model was shown, and what it made of it."""
+    columns = slice(0, 12)
+    keys = jax.vmap(jax.random.key)(samples.seeds[columns])
+    holes = None if masks is None else jnp.asarray(masks[columns])
+    seen = shown_of(generator.denoiser, keys, jnp.asarray(pictures[columns]), holes)
+    assert seen is not None
+    channels = pictures.shape[-1]
+    seen = np.asarray(protocols.quantise(seen[..., :channels], "edm"))
+    seen = np.broadcast_to(seen, (*seen.shape[:3], channels))  # one grey channel of colourisation
+    made = samples.images[columns]
+    tiles = np.concatenate([seen, made])
+    images.save_png(path, images.grid(tiles, 2, len(made), row_labels=["shown", "made"]))
+
+
+def _read_pictures(path: str, num: int, generator: Generator) -> np.ndarray:
+    """Images of the size of the model, or latents (N, H, W, C) of an .npz file as the network sees them."""
+    height, width, channels = generator.denoiser.image_shape
+    if generator.latent_scaling is not None:
+        shift, scale = generator.latent_scaling
+        source = scaled(open_latents(path, "train", None, None), shift.tolist(), float(scale))
+    elif Path(path).suffix.lower() in SUFFIXES:
+        return _read_picture("images", path, height if height == width else None, channels)[None]
+    else:
+        source = open_unlabelled(path, height if height == width else None, channels)
+    return gather(source, np.arange(min(num or len(source), len(source))))["image"]
+
+
+def _read_masks(path: str, num: int, generator: Generator) -> np.ndarray:
+    """(num, H, W) of 0 and 1 out of a picture, the same for all images, or out of an .npy file."""
+    if path.endswith(".npy"):
+        return _read_array("mask", path)
+    height, width, _ = generator.denoiser.image_shape
+    picture = _read_picture("mask", path, None, 1)
+    if picture.shape[:2] != (height, width):
+        raise SampleError(f"the mask {path} is {picture.shape[:2]}, but the images are {(height, width)}.")
+    return np.broadcast_to(picture[..., 0] > 127, (num, height, width))
+
+
+def _read_picture(what: str, path: str, image_size: int | None, channels: int) -> np.ndarray:
+    try:
+        with Path(path).open("rb") as file:
+            return decode(file, path, image_size, channels)
+    except OSError as error:
+        raise SampleError(f"--{what}={path} cannot be read: {error.strerror}.") from error
 
 
 def _read_labels(path: str) -> list[int]:

@@ -112,7 +112,9 @@ def read(path: str | os.PathLike[str]) -> Workdir:
     record = _load(file)
     try:
         data = record["data"]
-        facts = DataFacts(tuple(data["image_shape"]), data["num_classes"], tuple(data["class_names"]))
+        facts = DataFacts(
+            tuple(data["image_shape"]), data["num_classes"], tuple(data["class_names"]), data.get("latents", False)
+        )
         return Workdir(folder, configs.resolve(record["config"]), facts, data["fingerprint"] is not None)
     except (KeyError, TypeError, configs.ConfigError) as error:
         raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
@@ -138,7 +140,7 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     there = before.get("config", {})
     with contextlib.suppress(configs.ConfigError):
         there = configs.to_dict(configs.resolve(there))  # a field that is younger than the run had its default
-    data = before.get("data", {})
+    data = {"latents": False, **before.get("data", {})}  # of a run that is older than latents
     if unbound:  # only the shape of the images is given
         here = {**record["data"], **{name: data.get(name) for name in ("fingerprint", "class_names")}}
         if not there.get("model", {}).get("conditional"):

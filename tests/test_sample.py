@@ -150,10 +150,17 @@ def test_what_a_model_cannot_give_is_refused(student, arguments, words):
         student.sample(**arguments)
 
 
+def test_a_weight_outside_the_range_is_sampled_where_it_is_asked_for(student):
+    beyond = dataclasses.replace(student, extrapolates=True)
+    assert beyond.sample(2, w=2.5).images.shape == (2, 8, 8, 1)
+    with pytest.raises(SampleError, match="finite guidance weight"):
+        beyond.sample(2, w=float("inf"))
+
+
 def write(path, out, **changes) -> list[str]:
     said: list[str] = []
     settings = {"num": 4, "seed": 0, "labels": [], "latents": "", "w": 0.0, "num_steps": None, "sampler": None}
-    settings["quantisation"] = ""
+    settings |= {"quantisation": "", "extrapolate": False}
     sample_files.to_files(*sample.locate(path), out=str(out), say=said.append, **{**settings, **changes})
     return said
 

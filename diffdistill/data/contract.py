@@ -1,4 +1,4 @@
-"""What every source of images is: random access to uint8 images with labels.
+"""What every source of images is: random access to uint8 images, or float32 latents, with labels.
 
 A source is one frozen record, `Source`, made by one function per kind of data (digits, idx, images, tfds, records).
 Mistakes a user can make (a wrong path, images of several sizes, a damaged file) raise `DataError`, whose message says
@@ -9,10 +9,12 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+UINT8 = np.dtype(np.uint8)
 
 
 class DataError(ValueError):
@@ -37,9 +39,9 @@ def existing(path: str | Path) -> Path:
 
 
 class Example(TypedDict):
-    """One image (H, W, C) uint8 in 0..255 and its class number."""
+    """One image (H, W, C), uint8 in 0..255 or a float32 latent, and its class number."""
 
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     label: int
 
 
@@ -47,21 +49,23 @@ class Example(TypedDict):
 class Source:
     """Images and labels by number.
 
-    `read(i)` returns (image (H, W, C) uint8, label) for 0 <= i < length, is a function of i alone and may be called
-    from several threads. `digest()` is the sha256 (hex) of the content or of the file listing. `images` (length, H, W,
-    C) uint8 and `labels` (length,) int32 are present when everything already lies in memory. `read_many(indices (B,))`
-    -> (images (B, H, W, C), labels (B,)) is present where reading many at once is much faster than one by one.
+    `read(i)` returns (image (H, W, C), label) for 0 <= i < length, is a function of i alone and may be called from
+    several threads. `digest()` is the sha256 (hex) of the content or of the file listing. `images` (length, H, W, C)
+    and `labels` (length,) int32 are present when everything already lies in memory. `read_many(indices (B,))` ->
+    (images (B, H, W, C), labels (B,)) is present where reading many at once is much faster than one by one. All images
+    are of type `dtype`: uint8, or float32 for latents (latents.py).
     """
 
     name: str
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     length: int
-    read: Callable[[int], tuple[NDArray[np.uint8], int]]
+    read: Callable[[int], tuple[NDArray[Any], int]]
     digest: Callable[[], str]
-    images: NDArray[np.uint8] | None = None
+    images: NDArray[Any] | None = None
     labels: NDArray[np.int32] | None = None
-    read_many: Callable[[NDArray[np.int64]], tuple[NDArray[np.uint8], NDArray[np.int32]]] | None = None
+    read_many: Callable[[NDArray[np.int64]], tuple[NDArray[Any], NDArray[np.int32]]] | None = None
+    dtype: np.dtype[Any] = UINT8
 
     @property
     def num_classes(self) -> int:
@@ -71,7 +75,7 @@ class Source:
     def num_bytes(self) -> int:
         """What all images take once decoded."""
         height, width, channels = self.image_shape
-        return self.length * height * width * channels
+        return self.length * height * width * channels * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self.length
@@ -89,18 +93,16 @@ class Source:
         return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def array_source(
-    name: str, images: NDArray[np.uint8], labels: NDArray[np.integer], class_names: tuple[str, ...]
-) -> Source:
+def array_source(name: str, images: NDArray[Any], labels: NDArray[np.integer], class_names: tuple[str, ...]) -> Source:
     """Returns a source over arrays in memory.
 
     Args:
       name: how messages call it.
-      images: (N, H, W, C) uint8.
+      images: (N, H, W, C) uint8, or float32 latents.
       labels: (N,) integers in 0..len(class_names)-1.
       class_names: one name per class.
     """
-    if images.dtype != np.uint8 or images.ndim != 4:
+    if images.dtype not in (np.uint8, np.float32) or images.ndim != 4:
         raise DataError(f"{name}: images must be (N, H, W, C) uint8, found {images.shape} {images.dtype}")
     if labels.shape != images.shape[:1]:
         raise DataError(f"{name}: {len(images)} images but labels of shape {labels.shape}; give one label per image")
@@ -128,4 +130,5 @@ def array_source(
         digest=digest,
         images=images,
         labels=classes,
+        dtype=images.dtype,
     )

@@ -7,7 +7,7 @@ batch, and resuming needs the update number alone.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,9 @@ _BLOCK = 4096  # images that `read_many` is asked for at once
 
 
 class Batch(TypedDict):
-    """`image` (B, H, W, C) uint8 and `label` (B,) int32."""
+    """`image` (B, H, W, C), uint8 or float32 (latents), and `label` (B,) int32."""
 
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     label: NDArray[np.int32]
 
 
@@ -45,7 +45,7 @@ def gather(source: Source, indices: Sequence[int] | NDArray[np.integer]) -> Batc
 
 
 def _decoded(source: Source, chosen: NDArray[np.int64], describe: str | None) -> Batch:
-    images = np.empty((len(chosen), *source.image_shape), np.uint8)
+    images = np.empty((len(chosen), *source.image_shape), source.dtype)
     labels = np.empty(len(chosen), np.int32)
 
     if source.read_many is not None:
@@ -137,7 +137,7 @@ class Batches:
         return np.array([self._order(first + row) for row in self.rows], np.int64)
 
     def __call__(self, number: int) -> Batch:
-        """Returns this host's rows of batch `number` >= 0: `image` (rows, H, W, C) uint8, `label` (rows,) int32."""
+        """Returns this host's rows of batch `number` >= 0: `image` (rows, H, W, C), `label` (rows,) int32."""
         if number < 0:
             raise DataError(f"batch number {number}; batches are numbered from 0")
         batch = gather(self.source, self.indices(number))

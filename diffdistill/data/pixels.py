@@ -95,8 +95,11 @@ def fitted(source: Source, image_size: int | None, channels: int | None) -> Sour
     shape = (image_size or height, image_size or width, channels or stored)
     if shape == source.image_shape:
         return source
-    if stored not in (1, 3):
-        raise DataError(f"{source.name}: images of {stored} channels cannot be resized or converted; 1 or 3 can")
+    if stored not in (1, 3) or source.dtype != np.uint8:
+        raise DataError(
+            f"{source.name}: {source.dtype} images of {stored} channels cannot be resized or converted; uint8 of 1 or "
+            "3 channels can"
+        )
 
     def read(index: int) -> tuple[NDArray[np.uint8], int]:
         image, label = source.read(index)

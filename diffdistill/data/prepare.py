@@ -1,4 +1,4 @@
-"""Turns a folder, zip, tar or published archive into ArrayRecord folders once, resumably.
+"""Turns a folder, zip, tar, published archive or file of latents into ArrayRecord folders once, resumably.
 
     destination/
       train/ images-00000-of-00003.array_record ... metadata.json
@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from diffdistill.data.archives import archive_splits
 from diffdistill.data.containers import open_container
 from diffdistill.data.contract import DataError, Source, existing
 from diffdistill.data.images import images_in, splits_of
+from diffdistill.data.latents import holds_latents, open_latents
 from diffdistill.data.pipeline import gather
 from diffdistill.data.pixels import fitted
 from diffdistill.data.records import METADATA, Metadata, open_records, publish, read_metadata, write_shard
@@ -49,7 +50,8 @@ def prepare(
     A progress bar with rate and remaining time appears on a terminal.
 
     Args:
-      path: a folder, zip or tar (plain, gz, bz2, xz) of pictures (see images.py), or a published archive (archives.py).
+      path: a folder, zip or tar (plain, gz, bz2, xz) of pictures (see images.py), a published archive (archives.py) or
+        an .npz file of latents (latents.py).
       destination: a folder; made when missing.
       image_size, channels: crop, resize and convert (see pixels.py).
       shard_bytes: roughly the size of one shard; at most 512 shards are made.
@@ -65,13 +67,17 @@ def prepare(
     with _writing(destination):
         destination.mkdir(parents=True, exist_ok=True)
         with _alone(destination):
-            container = open_container(path, destination / _UNPACKED)
-            openers = archive_splits(container) or {
-                split: partial(images_in, container, split, image_size, channels) for split in splits_of(container)
-            }
+            if holds_latents(path):
+                name, openers = path.stem, {"train": partial(open_latents, path, "train", image_size, channels)}
+            else:
+                container = open_container(path, destination / _UNPACKED)
+                name = container.name
+                openers = archive_splits(container) or {
+                    split: partial(images_in, container, split, image_size, channels) for split in splits_of(container)
+                }
             for split, opener in openers.items():
                 source = fitted(opener(), image_size, channels)
-                _write_split(source, container.name, split, destination / split, shard_bytes, log)
+                _write_split(source, name, split, destination / split, shard_bytes, log)
             (destination / _UNPACKED).unlink(missing_ok=True)
     return {split: open_records(destination, split, None, None) for split in openers}
 
@@ -89,6 +95,7 @@ def _write_split(
         class_names=source.class_names,
         records_per_shard=max(1, shard_bytes * len(source) // source.num_bytes, -(-len(source) // _MOST_SHARDS)),
         fingerprint=source.fingerprint(),
+        dtype=source.dtype.name,
     )
     if not _agreed(metadata, folder):
         return
@@ -133,15 +140,15 @@ def _first_difference(stored: Metadata, wanted: Metadata) -> str:
     return "nothing differs"
 
 
-def _examples(source: Source, rows: range) -> Iterator[tuple[NDArray[np.uint8], int]]:
+def _examples(source: Source, rows: range) -> Iterator[tuple[NDArray[Any], int]]:
     for first in range(rows.start, rows.stop, _BLOCK):
         batch = gather(source, range(first, min(first + _BLOCK, rows.stop)))
         yield from zip(batch["image"], batch["label"].tolist(), strict=True)
 
 
 def _counted(
-    examples: Iterator[tuple[NDArray[np.uint8], int]], update: Callable[[int], object]
-) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    examples: Iterator[tuple[NDArray[Any], int]], update: Callable[[int], object]
+) -> Iterator[tuple[NDArray[Any], int]]:
     for example in examples:
         yield example
         update(1)

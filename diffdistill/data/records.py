@@ -1,11 +1,12 @@
 """Our own ArrayRecord folders, written by prepare.py: one folder per split, shards and a small metadata.json.
 
-Record layout (fixed length): the label as a little-endian int32, then the image (H, W, C) uint8, row by row. Shards are
-uncompressed: photographs gain nothing from general compression, and reading stays a copy. metadata.json is written
-last, so its presence means that the split is complete:
+Record layout (fixed length): the label as a little-endian int32, then the image (H, W, C), row by row, uint8 or, for
+latents, little-endian float32. Shards are uncompressed: photographs gain nothing from general compression, and reading
+stays a copy. metadata.json is written last, so its presence means that the split is complete:
 
     {"format": "diffdistill-images", "version": 1, "name": ..., "split": ..., "count": N, "image_shape": [H, W, C],
-     "class_names": [...], "records_per_shard": R, "fingerprint": sha256 of the source it was made from}
+     "class_names": [...], "records_per_shard": R, "fingerprint": sha256 of the source it was made from,
+     "dtype": "uint8" or "float32"; uint8 where it is not said}
 """
 
 import json
@@ -38,6 +39,7 @@ class Metadata:
     class_names: tuple[str, ...]
     records_per_shard: int
     fingerprint: str
+    dtype: str = "uint8"
 
     @property
     def num_shards(self) -> int:
@@ -64,6 +66,8 @@ def read_metadata(file: Path) -> Metadata:
         if kind == FORMAT and version == VERSION:
             stored["image_shape"] = tuple(stored["image_shape"])
             stored["class_names"] = tuple(stored["class_names"])
+            if stored.get("dtype", "uint8") not in ("uint8", "float32"):
+                raise ValueError(f"dtype {stored['dtype']!r}")
             return Metadata(**stored)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{file} is not readable metadata ({error}); run --mode=prepare again") from error
@@ -73,7 +77,7 @@ def read_metadata(file: Path) -> Metadata:
     )
 
 
-def write_shard(file: Path, images: Iterable[tuple[NDArray[np.uint8], int]]) -> None:
+def write_shard(file: Path, images: Iterable[tuple[NDArray[Any], int]]) -> None:
     """Writes one shard; the file appears under its name only when it is complete and on disk. Raises OSError."""
     # by name, because compiled modules without stubs are unknown to type checkers
     array_record_module = import_module("array_record.python.array_record_module")
@@ -129,7 +133,7 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
         raise DataError(f"{folder / split} holds a damaged shard ({error}); prepare it again") from error
     if len(records) != metadata.count:
         raise DataError(f"{folder / split} holds {len(records)} images, {file} says {metadata.count}; prepare it again")
-    shape = metadata.image_shape
+    shape, dtype = metadata.image_shape, np.dtype(metadata.dtype)
 
     def stored(indices: list[int]) -> Sequence[bytes]:
         try:
@@ -137,15 +141,16 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
         except RuntimeError as error:
             raise DataError(f"{folder / split} holds a damaged shard ({error}); prepare it again") from error
 
-    def read(index: int) -> tuple[NDArray[np.uint8], int]:
+    def read(index: int) -> tuple[NDArray[Any], int]:
         (record,) = stored([index])
         label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
-        return np.frombuffer(record, np.uint8, offset=_LABEL_BYTES).reshape(shape), label
+        return np.frombuffer(record, dtype.newbyteorder("<"), offset=_LABEL_BYTES).reshape(shape), label
 
-    def read_many(indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    def read_many(indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int32]]:
         rows = np.frombuffer(b"".join(stored(indices.tolist())), np.uint8).reshape(len(indices), -1)
         labels = np.ascontiguousarray(rows[:, :_LABEL_BYTES]).view("<i4")[:, 0].astype(np.int32)
-        return rows[:, _LABEL_BYTES:].reshape(-1, *shape), labels
+        pixels = np.ascontiguousarray(rows[:, _LABEL_BYTES:]).view(dtype.newbyteorder("<"))
+        return pixels.reshape(-1, *shape), labels
 
     source = Source(
         name=f"{metadata.name}:{split}",
@@ -155,5 +160,6 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
         read=read,
         digest=lambda: metadata.fingerprint,
         read_many=read_many,
+        dtype=dtype,
     )
     return fitted(source, image_size, channels)

@@ -7,6 +7,7 @@
 | images       | folder, zip or tar of pictures, one folder per class         | images.py  |
 | tfds         | name or folder of a prepared TensorFlow dataset              | tfds.py    |
 | array_record | folder written by --mode=prepare                             | records.py |
+| latents      | .npz file of float arrays                                    | latents.py |
 
 A new kind of data is one function (path, split, image_size, channels) -> Source and one line in SOURCES.
 """
@@ -19,6 +20,7 @@ from diffdistill.data.contract import DataError, Source
 from diffdistill.data.digits import digits
 from diffdistill.data.idx import open_idx
 from diffdistill.data.images import open_images
+from diffdistill.data.latents import open_latents
 from diffdistill.data.pixels import fitted
 from diffdistill.data.records import open_records
 from diffdistill.data.tfds import open_tfds
@@ -29,6 +31,7 @@ SOURCES: dict[str, Callable[[str, str, int | None, int | None], Source]] = {
     "images": open_images,
     "tfds": open_tfds,
     "array_record": open_records,
+    "latents": open_latents,
 }
 
 

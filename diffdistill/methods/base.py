@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from diffdistill.diffusion import process
 from diffdistill.diffusion.schedules import Schedule
+from diffdistill.models.denoiser import Denoiser
 
 Params = Any
 State = Any
@@ -23,7 +24,7 @@ Loss = Callable[[Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, j
 
 LOG_SNR_BINS = 8
 _LOG_SNR_RANGE = (-20.0, 20.0)
-_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation")
+_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation", "image")
 
 
 class Updater(Protocol):
@@ -140,6 +141,11 @@ def labels(key: jax.Array, batch: Mapping[str, jax.Array], num_classes: int, dro
         return batch["label"]
     dropped = jax.random.bernoulli(key, dropout, batch["label"].shape)
     return jnp.where(dropped, num_classes, batch["label"])
+
+
+def shown(denoiser: Denoiser, key: jax.Array, x: jax.Array) -> jax.Array | None:
+    """What a model from image to image is shown of x (B, H, W, C), for Condition.image; None for any other model."""
+    return None if denoiser.task is None else denoiser.task.example(key, x)
 
 
 def training_times(key: jax.Array, batch_size: int, schedule: Schedule, *, stratified: bool) -> jax.Array:

@@ -54,7 +54,9 @@ def distillation(
         log_snr = schedule.log_snr(base.training_times(random["time"], size, schedule, stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
         condition = Condition(
-            label=batch["label"], guidance=base.guidance_weights(random["guidance"], size, w_min, w_max)
+            label=batch["label"],
+            guidance=base.guidance_weights(random["guidance"], size, w_min, w_max),
+            image=base.shown(student, random["image"], x),
         )
         target = jax.lax.stop_gradient(guided_teacher(frozen["teacher"], z, log_snr, condition))
         x_hat = student(params, z, log_snr, condition, dropout_key=random["dropout"])

@@ -70,6 +70,7 @@ def halving(
             guidance=None
             if guidance_range is None
             else base.guidance_weights(random["guidance"], size, *guidance_range),
+            image=base.shown(denoiser, random["image"], x),
         )
         target, x1, _ = ddim.two_step_target(
             lambda z, log_snr: denoiser(frozen["teacher"], z, log_snr, condition), z, schedule, t, m, s

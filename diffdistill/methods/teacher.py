@@ -58,7 +58,7 @@ def teacher(
             log_snr = noise(base.uniform(random["time"], x.shape[0], stratified=stratified))
         z, _ = base.noised(random["noise"], x, log_snr)
         label = base.labels(random["label"], batch, denoiser.num_classes, label_dropout)
-        condition = Condition(label=label, augmentation=augmentation)
+        condition = Condition(label=label, augmentation=augmentation, image=base.shown(denoiser, random["image"], x))
         x_hat = denoiser(params, z, log_snr, condition, dropout_key=random["dropout"])
         return base.weighted_loss(x_hat, x, log_snr, weight)
 

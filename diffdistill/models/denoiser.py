@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from diffdistill.diffusion import guidance
+from diffdistill.diffusion.conditioning import Task
 from diffdistill.diffusion.parameterisation import Parameterisation
 
 Params = Any
@@ -27,11 +28,13 @@ class Condition:
       label: class, int32, (B,) or scalar; `num_classes` of the denoiser is the null class.
       guidance: weight w of x_w = (1 + w) x_cond - w x_uncond, float32, (B,) or scalar; w = 0 is plain conditional.
       augmentation: (B, K) parameters of the augmentation that was applied to the image.
+      image: (B, H, W, K) what is shown of the image that is to be made (diffusion.conditioning).
     """
 
     label: ArrayLike | None = None
     guidance: ArrayLike | None = None
     augmentation: jax.Array | None = None
+    image: jax.Array | None = None
 
 
 class DenoiseFunction(Protocol):
@@ -77,12 +80,14 @@ class Denoiser:
       parameterisation: what the network is given and what its output means.
       num_classes: as the network's; 0 is unconditional.
       image_shape: (H, W, C) of one image or latent.
+      task: of models from image to image, what Condition.image is of theirs; None for all others.
     """
 
     network: Network
     parameterisation: Parameterisation
     num_classes: int
     image_shape: tuple[int, int, int]
+    task: Task | None = None
 
     def __post_init__(self) -> None:
         needed = self.parameterisation.output_channels(self.image_shape[-1])
@@ -131,9 +136,12 @@ class Denoiser:
             options["augmentation"] = condition.augmentation
         batch_size = z.shape[0]
         log_snr = per_image(log_snr, batch_size, "log_snr")
+        inputs = self.parameterisation.network_input(z, log_snr)
+        if self.task is not None or condition.image is not None:
+            inputs = jnp.concatenate([inputs, self._shown(condition, batch_size)], axis=-1)
         output = self.network.apply(
             {"params": params},
-            self.parameterisation.network_input(z, log_snr),
+            inputs,
             self.parameterisation.network_time(log_snr),
             None if condition.label is None else per_image(condition.label, batch_size, "label"),
             None if condition.guidance is None else per_image(condition.guidance, batch_size, "guidance"),
@@ -143,11 +151,27 @@ class Denoiser:
         )
         return self.parameterisation.to_x(output, z, log_snr).astype(jnp.float32)
 
+    def _shown(self, condition: Condition, batch_size: int) -> jax.Array:
+        expected = None
+        if self.task is not None:
+            height, width, channels = self.image_shape
+            expected = batch_size, height, width, self.task.channels(channels)
+        given = None if condition.image is None else condition.image.shape
+        if expected is None or given != expected:
+            raise ValueError(
+                f"this denoiser takes {f'Condition.image of shape {expected}' if expected else 'no Condition.image'}; "
+                f"got {given}."
+            )
+        assert condition.image is not None
+        return condition.image.astype(jnp.float32)
+
     def _init(self, key: jax.Array) -> Params:
         one = jnp.zeros((1,), jnp.float32)
         label = jnp.zeros((1,), jnp.int32) if self.num_classes else None
         w = None if self.network.guidance_embedding == "none" else one
-        return self.network.init(key, jnp.zeros((1, *self.image_shape), jnp.float32), one, label, w)["params"]
+        height, width, channels = self.image_shape
+        channels += self.task.channels(channels) if self.task else 0
+        return self.network.init(key, jnp.zeros((1, height, width, channels), jnp.float32), one, label, w)["params"]
 
 
 def per_image(value: ArrayLike, batch_size: int, name: str) -> jax.Array:
@@ -187,10 +211,10 @@ def guided(denoiser: Denoiser) -> DenoiseFunction:
         # The two branches of an image are neighbours in the batch, so that they stay on the device that holds it.
         labels = jnp.stack([label, jnp.full_like(label, denoiser.num_classes)], axis=1).reshape(-1)
         log_snrs = jnp.repeat(per_image(log_snr, batch_size, "log_snr"), 2)
-        augmentation = condition.augmentation
-        both = Condition(
-            label=labels, augmentation=None if augmentation is None else jnp.repeat(augmentation, 2, axis=0)
+        augmentation, image = (
+            None if each is None else jnp.repeat(each, 2, axis=0) for each in (condition.augmentation, condition.image)
         )
+        both = Condition(label=labels, augmentation=augmentation, image=image)
         pairs = denoiser(params, jnp.repeat(z, 2, axis=0), log_snrs, both, dropout_key=dropout_key)
         pairs = pairs.reshape(batch_size, 2, *z.shape[1:])
         return guidance.combine(pairs[:, 0], pairs[:, 1], w)
