@@ -30,7 +30,8 @@ def define_flags() -> None:
         "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
         "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
         "how fast the teacher trains here. transfer: images of one class become another (--encoder, --decoder, "
-        "--source_class, --labels).",
+        "--source_class, --labels). tune-variance: which variance fraction of the ancestral sampler is best "
+        "for each number of steps of --config.evaluation.num_steps (--fractions: those to try).",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
@@ -71,6 +72,7 @@ def define_flags() -> None:
         "evaluate: folder, zip, tar, .npz or .npy of images made elsewhere. sample: images that a model from image to "
         "image is shown. transfer: images of --source_class (default those of the data).",
     )
+    flags.DEFINE_list("fractions", [], "tune-variance: variance fractions to try, from 0 to 1 (default nine of them).")
     flags.DEFINE_string("mask", "", "sample: picture or .npy file, bright or 1 where the --images are to be made anew.")
     flags.DEFINE_string("reference", "", "evaluate --images: statistics (.npz), or images as --images takes them.")
     flags.DEFINE_string("table", "", "table: which, such as progressive/2; without it all are listed.")

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffdistill import chain, judges, runner
+from diffdistill import chain, judges, runner, samplers
 from diffdistill.chain import Stage
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
@@ -79,6 +79,7 @@ def evaluate(
     interrupt: Interrupt,
     *,
     inception_weights: str = "",
+    into: str = RESULTS,
     say: Callable[[str], Any] = print,
 ) -> None:
     """Measures everything that was not measured before and appends it to evaluation/results.jsonl.
@@ -88,6 +89,7 @@ def evaluate(
       source: the run's data; None where its figures need none.
       interrupt: looked at between two measurements, and within long ones.
       inception_weights: path of the Inception network; empty: the environment variable or the cache.
+      into: another file of the run for the results, which are then not the report's, and without pictures.
 
     Raises:
       EvaluationInterrupted: a signal arrived.
@@ -106,13 +108,13 @@ def evaluate(
     if judge is None:
         return
     todo = list(measurements(folder, stages, judge.needs_reference))
-    done = results.finished(results.read(folder.path / RESULTS))
+    done = results.finished(results.read(folder.path / into))
     models = {
-        stage.name: _Model(folder, judge, with_examples(load_stage(folder, stage), source))
+        stage.name: _Model(folder, judge, with_examples(load_stage(folder, stage), source), into)
         for stage in {item.stage for item in todo}
     }
     wanted = {item: models[item.stage.name].unmeasured(item, done) for item in todo}
-    open_items = {item for item in todo if wanted[item] or not _pictures_exist(folder, item)}
+    open_items = {item for item in todo if wanted[item] or (into == RESULTS and not _pictures_exist(folder, item))}
     # The reference is needed for whatever else is missing at the same w and seed.
     places = {(item.w, item.seed) for item in open_items}
     open_items |= {item for item in todo if item.is_reference and (item.w, item.seed) in places}
@@ -144,6 +146,7 @@ class _Model:
     folder: Workdir
     judge: Judge
     generator: Generator
+    into: str
 
     @functools.cached_property
     def digest(self) -> str:
@@ -163,7 +166,7 @@ class _Model:
         figures = self.judge.measure(item, self.generator, wanted, self.digest, interrupt)
         if not meshes.is_main():
             return
-        if item.seed == _first_seed(self.folder):
+        if item.seed == _first_seed(self.folder) and self.into == RESULTS:
             self.show(item, figures.shown)
         known = {
             "network_evaluations": self.generator.network_evaluations(item.num_steps, item.w, item.sampler),
@@ -176,7 +179,7 @@ class _Model:
             if name in figures.spreads:
                 more["spread"] = figures.spreads[name]
             records.append(self.record(item, name, value=figures.values[name], **known, **more))
-        results.append(self.folder.path / RESULTS, records)
+        results.append(self.folder.path / self.into, records)
         figures.written()
 
     def show(self, item: Measurement, samples: Samples) -> None:
@@ -193,6 +196,7 @@ class _Model:
             stage=item.stage.name,
             num_steps=item.num_steps,
             sampler=item.sampler,
+            sampler_settings=dict(samplers.settings_of(item.sampler, self.generator.settings)),
             w=item.w,
             metric=metric,
             num_samples=config.evaluation.num_samples,

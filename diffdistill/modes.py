@@ -68,6 +68,20 @@ def _evaluate(interrupt: Any) -> None:
         say(f"{table}\nReport: {page}")
 
 
+def _tune_variance(interrupt: Any) -> None:
+    from diffdistill import runner, tune_variance, workdir
+    from diffdistill.data.pipeline import in_memory
+
+    config = _config()
+    folder = _as_asked(workdir.read(_workdir(config)), config)
+    source = in_memory(runner.open_data(folder.config)[0])
+    try:
+        fractions = [float(text) for text in FLAGS.fractions] or tune_variance.FRACTIONS
+    except ValueError:
+        fail(f"--fractions={','.join(FLAGS.fractions)}: give numbers from 0 to 1, such as 0,0.5,1.", EXIT_USAGE)
+    tune_variance.search(folder, source, fractions, interrupt, inception_weights=FLAGS.inception_weights, say=say)
+
+
 def _as_asked(folder: Any, config: Any) -> Any:
     """A run, sampled and evaluated as the command line says, where it says anything of a config."""
     if not any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
@@ -253,4 +267,5 @@ MODES: dict[str, Callable[[Any], None]] = {
     "noise-levels": _noise_levels,
     "benchmark": _benchmark,
     "transfer": _transfer,
+    "tune-variance": _tune_variance,
 }
