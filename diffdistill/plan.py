@@ -115,6 +115,20 @@ def _flops(config: Config, method: Any, batch_size: int, facts: DataFacts) -> fl
     return float(analysis["flops"]) if analysis else math.nan
 
 
+def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> float:
+    """Floating-point operations of one evaluation of a stage's network for one image."""
+    denoiser = chain.denoiser_of(config, stage, facts)
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    condition = Condition(
+        label=jax.ShapeDtypeStruct((1,), jnp.int32) if denoiser.num_classes else None,
+        guidance=one if stage.conditioned_on_guidance else None,
+    )
+    image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
+    params = jax.eval_shape(denoiser.init, jax.random.key(0))
+    analysis = jax.jit(lambda *arguments: denoiser(*arguments)).lower(params, image, one, condition).cost_analysis()
+    return float(analysis["flops"]) if analysis else math.nan
+
+
 def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
     """Shapes of a method's state and of what it reads, from the shapes of its teacher."""
     stages = chain.plan(config)
