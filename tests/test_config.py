@@ -161,6 +161,7 @@ def test_a_plan_without_guidance_halves_the_teacher_itself():
 ROWS = {
     "digits": ["", "smoke", "edm", "edm-smoke"],
     "fashion_mnist": ["", "smoke"],
+    "cifar10_small": ["", "6-minutes", "2.5-minutes", "6-minutes-smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
 }
