@@ -15,7 +15,7 @@ from diffdistill import chain, runner
 from diffdistill import config as configs
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config
-from diffdistill.models.denoiser import Condition
+from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.training import mesh as meshes
 
 
@@ -118,15 +118,27 @@ def _flops(config: Config, method: Any, batch_size: int, facts: DataFacts) -> fl
 def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> float:
     """Floating-point operations of one evaluation of a stage's network for one image."""
     denoiser = chain.denoiser_of(config, stage, facts)
+
+    def evaluate(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> jax.Array:
+        return denoiser(params, z, log_snr, _condition(denoiser, stage, label, w))
+
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
-    condition = Condition(
-        label=jax.ShapeDtypeStruct((1,), jnp.int32) if denoiser.num_classes else None,
-        guidance=one if stage.conditioned_on_guidance else None,
+    lowered = jax.jit(evaluate).lower(
+        jax.eval_shape(denoiser.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32),
+        one,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        one,
     )
-    image = jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32)
-    params = jax.eval_shape(denoiser.init, jax.random.key(0))
-    analysis = jax.jit(lambda *arguments: denoiser(*arguments)).lower(params, image, one, condition).cost_analysis()
+    analysis = lowered.cost_analysis()
     return float(analysis["flops"]) if analysis else math.nan
+
+
+def _condition(denoiser: Denoiser, stage: Stage, label: jax.Array, w: jax.Array) -> Condition:
+    """Those of label and guidance weight that the network of a stage takes."""
+    return Condition(
+        label=label if denoiser.num_classes else None, guidance=w if stage.conditioned_on_guidance else None
+    )
 
 
 def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
@@ -152,9 +164,7 @@ def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
     size = stage.settings.batch_size // stage.settings.parts
 
     def residuals(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> Any:
-        condition = Condition(
-            label=label if denoiser.num_classes else None, guidance=w if stage.conditioned_on_guidance else None
-        )
+        condition = _condition(denoiser, stage, label, w)
         return jax.vjp(lambda params: denoiser(params, z, log_snr, condition), params)[1]
 
     vector = jax.ShapeDtypeStruct((size,), jnp.float32)

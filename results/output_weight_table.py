@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
             evaluate.evaluate(run.workdir, source, interrupt)
     except NonFiniteLoss as error:
         print(error)
-        found, code = dict.fromkeys(SAMPLERS, DIVERGES), EXIT_NOT_FINITE
+        found, code = {sampler: DIVERGES for sampler in SAMPLERS}, EXIT_NOT_FINITE
     except (Interrupted, EvaluationInterrupted) as stop:
         print(stop)
         return 128 + signal.SIGTERM
