@@ -1,10 +1,10 @@
-"""How fast a config's teacher trains on these devices, and how much of their arithmetic that uses."""
+"""How fast a config's programs run on these devices, and how much of their arithmetic that uses."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,14 @@ from jax.sharding import Mesh
 from diffdistill import chain, plan
 from diffdistill.config import Config
 from diffdistill.evaluation import results
+from diffdistill.fields import one_of
+from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.loop import compile_step
 
+BENCHMARKS = ("teacher", "halving", "sampling")
 DTYPES = ("float32", "bfloat16")
+SAMPLINGS = (("ddim", 32), ("ddim", 1), ("heun", 18))  # sampler and steps
 # Dense bfloat16 operations a second of one device, from the vendors' data sheets.
 PUBLISHED_PEAKS = {
     "NVIDIA A100": 312e12,
@@ -31,56 +35,113 @@ PUBLISHED_PEAKS = {
 }
 
 
-def run(config: Config, say: Callable[[str], Any], *, seconds: float = 20.0) -> list[results.Record]:
-    """Trains the teacher of a config on random images for a while in each of DTYPES, and says the rates.
+def run(
+    config: Config,
+    say: Callable[[str], Any],
+    *,
+    benchmarks: Sequence[str] = ("teacher",),
+    dtypes: Sequence[str] = DTYPES,
+    seconds: float = 20.0,
+) -> Iterator[results.Record]:
+    """Runs a config's programs on random images and parameters for a while, and says the rates.
 
     Args:
-      config: network, batch, parts and updates per call are those of its teacher.
-      say: receives a line for each type.
-      seconds: of measuring for each type, after compilation and one call; two calls at least.
+      config: network, batch, parts, updates per call and batch of samples are those of its teacher.
+      say: receives a line for each record.
+      benchmarks: some of BENCHMARKS. teacher: updates on data. halving: updates of a round of halving with the
+        teacher's batch. sampling: each of SAMPLINGS, without guidance.
+      dtypes: some of DTYPES.
+      seconds: of measuring for each record, after compilation and one call; two calls at least.
 
-    Returns:
-      A record of each type: images_per_second, flops_per_second, share_of_matmul (the rate of a matrix product of that
-      type, measured on the same devices), share_of_published (None where no data sheet is known or the type is not
-      bfloat16), compile_seconds.
+    Yields:
+      A record as soon as it is measured: images_per_second, flops_per_second, share_of_matmul (of the rate of a matrix
+      product of that type, measured on the same devices), share_of_published (None where no data sheet is known or the
+      type is not bfloat16), compile_seconds; of halving also cost_of_teacher, the time of an update in updates of the
+      teacher (None unless that was measured just before).
+
+    Raises:
+      ConfigError: a benchmark or a type that is not known.
     """
+    for name in benchmarks:
+        one_of("--benchmarks", name, list(BENCHMARKS))
+    for dtype in dtypes:
+        one_of("--dtypes", dtype, list(DTYPES))
     mesh = meshes.make_mesh()
     facts, _ = plan.data_facts(config)
-    records = []
-    for dtype in DTYPES:
+    for dtype in dtypes:
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-        stage = chain.plan(changed)[0]
-        rate, compile_seconds = _updates_per_second(changed, facts, mesh, seconds)
-        flops = plan.flops_per_update(changed, stage, facts) * rate
         product = matmul_rate(mesh, dtype)
         published = _published(mesh) if dtype == "bfloat16" else None
-        record = {
-            "benchmark": "teacher",
-            "config": config.name,
-            "dtype": dtype,
-            "batch_size": stage.settings.batch_size,
-            "parts": stage.settings.parts,
-            "images_per_second": rate * stage.settings.batch_size,
-            "flops_per_second": flops,
-            "matmul_flops_per_second": product,
-            "share_of_matmul": flops / product,
-            "share_of_published": flops / published if published else None,
-            "compile_seconds": compile_seconds,
-            "hardware": meshes.describe(mesh),
-        }
-        records.append(record)
-        of_sheet = f", {100 * flops / published:.0f} % of its data sheet" if published else ""
-        say(
-            f"{config.name}, {dtype}, batch {stage.settings.batch_size}: {record['images_per_second']:.4g} images/s, "
-            f"{plan.readable(flops)}FLOP/s: {100 * flops / product:.0f} % of the {plan.readable(product)}FLOP/s of a "
-            f"matrix product here{of_sheet} ({record['hardware']}; compiled in {compile_seconds:.0f} s)"
+        teacher_rate = None
+        for name, measured in _measurements(changed, facts, mesh, benchmarks, seconds):
+            flops, images = measured.pop("flops_per_image"), measured["images_per_second"]
+            record = {
+                "benchmark": name,
+                "config": config.name,
+                "dtype": dtype,
+                **measured,
+                "flops_per_second": flops * images,
+                "matmul_flops_per_second": product,
+                "share_of_matmul": flops * images / product,
+                "share_of_published": flops * images / published if published else None,
+                "hardware": meshes.describe(mesh),
+            }
+            if name == "teacher":
+                teacher_rate = images
+            if name == "halving":
+                record["cost_of_teacher"] = teacher_rate / images if teacher_rate else None
+            say(_line(record))
+            yield record
+
+
+def _line(record: results.Record) -> str:
+    """A record for a person."""
+    what = record["benchmark"]
+    if what == "sampling":
+        what = f"{record['sampler']} in {record['num_steps']} steps"
+    shares = f"{100 * record['share_of_matmul']:.0f} % of the {plan.readable(record['matmul_flops_per_second'])}FLOP/s"
+    of_sheet = record["share_of_published"]
+    cost = record.get("cost_of_teacher")
+    return (
+        f"{record['config']}, {what}, {record['dtype']}, batch {record['batch_size']}: "
+        f"{record['images_per_second']:.4g} images/s, {plan.readable(record['flops_per_second'])}FLOP/s: {shares} of a "
+        f"matrix product here{'' if of_sheet is None else f', {100 * of_sheet:.0f} % of its data sheet'}"
+        f"{f', an update takes {cost:.2f} times as long as one of the teacher' if cost else ''} "
+        f"({record['hardware']}; compiled in {record['compile_seconds']:.0f} s)"
+    )
+
+
+def _measurements(
+    config: Config, facts: chain.DataFacts, mesh: Mesh, benchmarks: Sequence[str], seconds: float
+) -> Iterator[tuple[str, results.Record]]:
+    """(benchmark, what it measured), in the order of BENCHMARKS."""
+    for name in BENCHMARKS:
+        if name not in benchmarks:
+            continue
+        if name == "sampling":
+            for sampler, num_steps in SAMPLINGS:
+                yield name, _sampling(config, facts, sampler, num_steps, seconds)
+        else:
+            yield name, _training(*_with_stage(config, name), facts, mesh, seconds)
+
+
+def _with_stage(config: Config, name: str) -> tuple[Config, chain.Stage]:
+    """The teacher, or a round of halving of the same batch, with a config that has it."""
+    if name == "halving":
+        teacher = config.teacher
+        settings = dataclasses.replace(
+            config.progressive,
+            batch_size=teacher.batch_size,
+            parts=teacher.parts,
+            num_updates=config.progressive.num_updates or teacher.num_updates,
         )
-    return records
+        config = dataclasses.replace(config, progressive=settings)
+    method = "progressive" if name == "halving" else name
+    return config, next(stage for stage in chain.plan(config) if stage.method == method)
 
 
-def _updates_per_second(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> tuple[float, float]:
-    """(updates a second, seconds of the first call) of the program that training runs, with data on the devices."""
-    stage = chain.plan(config)[0]
+def _training(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> results.Record:
+    """The rate of the program that trains a stage, with its data on the devices."""
     method = chain.method_of(config, stage, facts)
     compiled = compile_step(method.step, mesh, config.training.updates_per_call or None)
     count, key = compiled.updates_per_call, jax.random.key(0)
@@ -92,38 +153,89 @@ def _updates_per_second(config: Config, facts: chain.DataFacts, mesh: Mesh, seco
         "label": random.integers(0, max(facts.num_classes, 1), shape[:2], dtype=np.int32),
     }
     batches = meshes.shard_batch(mesh, batches, axis=1)
-    arguments = {"num_steps": np.int32(1), "num_updates": np.int32(stage.num_updates)}
+    arguments = {"num_steps": np.int32(max(stage.num_steps, 1)), "num_updates": np.int32(stage.num_updates)}
     flag = meshes.per_device_flag(mesh, False)
-    state = meshes.replicate(mesh, jax.jit(lambda key: method.init(key, {}))(key))
+    sources = {}
+    if stage.teacher:
+        before = next(each for each in chain.plan(config) if each.name == stage.teacher)
+        sources["teacher"] = meshes.replicate(mesh, chain.denoiser_of(config, before, facts).init(key))
+    state = meshes.replicate(mesh, jax.jit(method.init)(key, sources))
 
-    def call(state: Any) -> Any:
-        state, metrics, _ = compiled.function(state, {}, batches, key, arguments, np.int32(count), flag)
+    def call() -> None:
+        nonlocal state
+        state, metrics, _ = compiled.function(state, sources, batches, key, arguments, np.int32(count), flag)
         jax.block_until_ready(metrics)
-        return state
 
-    begun = time.monotonic()
-    state = call(state)
-    compile_seconds = time.monotonic() - begun
-    state = call(state)
+    rate, compile_seconds = _calls_per_second(call, seconds)
+    size = stage.settings.batch_size
+    return {
+        "batch_size": size,
+        "parts": stage.settings.parts,
+        "images_per_second": rate * count * size,
+        "flops_per_image": plan.flops_per_update(config, stage, facts) / size,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _sampling(config: Config, facts: chain.DataFacts, sampler: str, num_steps: int, seconds: float) -> results.Record:
+    """The rate of the program that samples the teacher, as samples.Generator runs it."""
+    stage = chain.plan(config)[0]
+    denoiser = chain.denoiser_of(config, stage, facts)
+    generator = Generator(
+        name=stage.name,
+        denoiser=denoiser,
+        params=meshes.replicate(meshes.make_mesh(), denoiser.init(jax.random.key(0))),
+        schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
+        num_steps=num_steps,
+        sampler=sampler,
+        settings=dataclasses.asdict(config.sampling),
+        batch_size=config.sampling.batch_size,
+    )
+    size = generator.chunk_size(config.sampling.batch_size)
+
+    def call() -> None:
+        for chunk in generator.stream(size):
+            jax.block_until_ready(chunk.images)
+
+    rate, compile_seconds = _calls_per_second(call, seconds)
+    evaluations = generator.network_evaluations(num_steps, 0.0, sampler)
+    return {
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "batch_size": size,
+        "images_per_second": rate * size,
+        "flops_per_image": evaluations * plan.flops_per_evaluation(config, stage, facts),
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _calls_per_second(call: Callable[[], None], seconds: float) -> tuple[float, float]:
+    """(calls a second, seconds of the first one); every process makes the same number of calls."""
+    compile_seconds = _timed(call)
+    call()
     begun, calls = time.monotonic(), 0
-    # All processes make the same number of calls.
     while meshes.any_process(calls < 2 or time.monotonic() - begun < seconds):
-        state = call(state)
+        call()
         calls += 1
-    return calls * count / (time.monotonic() - begun), compile_seconds
+    return calls / (time.monotonic() - begun), compile_seconds
 
 
 def matmul_rate(mesh: Mesh, dtype: str) -> float:
-    """Operations a second of square matrix products of `dtype` on all devices of `mesh`, each by itself."""
+    """Operations a second of square matrix products of `dtype` on all devices of `mesh`, each by itself.
+
+    The numbers are random, since a device that multiplies mostly zeros draws less power and runs faster; a matrix with
+    entries of variance 1 / side keeps the size of what it multiplies, however often.
+    """
     side, repeats = (8192, 20) if meshes.is_accelerator(mesh) else (1024, 3)
 
     @jax.jit
-    def product(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, repeats, lambda _, b: (a @ b).astype(a.dtype), a)
+    def product(a: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, repeats, lambda _, b: (a @ b).astype(a.dtype), start)
 
-    a = jnp.eye(side, dtype=dtype)
-    product(a).block_until_ready()
-    best = min(_timed(lambda: product(a).block_until_ready()) for _ in range(3))
+    first, second = jax.random.normal(jax.random.key(0), (2, side, side), jnp.float32)
+    a, start = (first / side**0.5).astype(dtype), second.astype(dtype)
+    product(a, start).block_until_ready()
+    best = min(_timed(lambda: product(a, start).block_until_ready()) for _ in range(3))
     return mesh.size * repeats * 2.0 * side**3 / best
 
 

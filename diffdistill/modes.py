@@ -169,10 +169,13 @@ def _benchmark(interrupt: Any) -> None:
 
     from diffdistill import benchmark
 
-    records = benchmark.run(_config(), say)
-    if FLAGS.out:
-        with open(FLAGS.out, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+    measured = benchmark.run(
+        _config(), say, benchmarks=FLAGS.benchmarks, dtypes=FLAGS.dtypes, seconds=FLAGS.benchmark_seconds
+    )
+    for record in measured:  # each is written at once: a program that does not fit must not take the others along
+        if FLAGS.out:
+            with open(FLAGS.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 def _noise_levels(interrupt: Any) -> None:

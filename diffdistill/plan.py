@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from diffdistill import config as configs
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config
 from diffdistill.methods.base import shown
-from diffdistill.models.denoiser import Condition
+from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.training import mesh as meshes
 
 
@@ -94,7 +95,7 @@ def flops_per_update(config: Config, stage: Stage, facts: DataFacts) -> float:
     """Floating-point operations of one update of the whole batch, as XLA counts them before optimisation."""
     # XLA counts the body of a loop over parts once; the whole batch at once has the same operations.
     settings = dataclasses.replace(stage.settings, parts=1)
-    config = dataclasses.replace(config, **{stage.method: settings})
+    config = _countable(dataclasses.replace(config, **{stage.method: settings}))
     stage = dataclasses.replace(stage, settings=settings)
     return _flops(config, chain.method_of(config, stage, facts), settings.batch_size, facts)
 
@@ -109,11 +110,47 @@ def _flops(config: Config, method: Any, batch_size: int, facts: DataFacts) -> fl
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     # A function of its own: the trace of the step that training compiles stays the only one of its kind.
-    lowered = jax.jit(lambda *arguments: method.step(*arguments)).lower(
-        state, teacher, batch, key, {"num_steps": scalar, "num_updates": scalar}
+    step = lambda *arguments: method.step(*arguments)  # noqa: E731
+    return _counted(step, state, teacher, batch, key, {"num_steps": scalar, "num_updates": scalar})
+
+
+def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> float:
+    """Floating-point operations of one evaluation of a stage's network for one image."""
+    denoiser = chain.denoiser_of(_countable(config), stage, facts)
+
+    def evaluate(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> jax.Array:
+        return denoiser(params, z, log_snr, _condition(denoiser, stage, z, label, w))
+
+    one = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return _counted(
+        evaluate,
+        jax.eval_shape(denoiser.init, jax.random.key(0)),
+        jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32),
+        one,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+        one,
     )
-    analysis = lowered.cost_analysis()
+
+
+def _countable(config: Config) -> Config:
+    """The config with attention written out: what XLA counts has no kernels of a vendor in it."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
+
+
+def _counted(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of a function of abstract arguments, as it would run on a CPU: GPUs do not count."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        analysis = jax.jit(function).lower(*arguments).cost_analysis()
     return float(analysis["flops"]) if analysis else math.nan
+
+
+def _condition(denoiser: Denoiser, stage: Stage, z: jax.Array, label: jax.Array, w: jax.Array) -> Condition:
+    """What the network of a stage takes beside z."""
+    return Condition(
+        label=label if denoiser.num_classes else None,
+        guidance=w if stage.conditioned_on_guidance else None,
+        image=shown(denoiser, jax.random.key(0), z),
+    )
 
 
 def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
@@ -139,11 +176,7 @@ def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
     size = stage.settings.batch_size // stage.settings.parts
 
     def residuals(params: Any, z: jax.Array, log_snr: jax.Array, label: jax.Array, w: jax.Array) -> Any:
-        condition = Condition(
-            label=label if denoiser.num_classes else None,
-            guidance=w if stage.conditioned_on_guidance else None,
-            image=shown(denoiser, jax.random.key(0), z),
-        )
+        condition = _condition(denoiser, stage, z, label, w)
         return jax.vjp(lambda params: denoiser(params, z, log_snr, condition), params)[1]
 
     vector = jax.ShapeDtypeStruct((size,), jnp.float32)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from configs import digits, guided, progressive
+from configs import cifar10_small, digits, guided, progressive
 from diffdistill import chain, config, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
@@ -161,6 +161,7 @@ def test_a_plan_without_guidance_halves_the_teacher_itself():
 ROWS = {
     "digits": [f"{row}-smoke".removeprefix("-") if smoke else row for row in digits.VARIANTS for smoke in (0, 1)],
     "fashion_mnist": ["", "smoke"],
+    "cifar10_small": ["", "6-minutes", "2.5-minutes", "6-minutes-smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
 }
@@ -184,6 +185,24 @@ def test_an_unknown_row_is_refused_with_the_known_ones(file):
     module = importlib.import_module(f"configs.{file}")
     with pytest.raises(ValueError, match="smoke"):
         module.get_config("cifar1000")
+
+
+def test_cifar10_small_fills_its_minutes():
+    """What is left of the budget is spent as the shares say, at the rate for which the minutes hold."""
+    for minutes in (6, 25):
+        settings = cifar10_small.get_config(f"{minutes}-minutes")
+        stages = chain.plan(resolve(settings))
+        cost = {
+            "teacher": 1.0,
+            "guided": cifar10_small.DISTILLATION_COST,
+            "progressive": cifar10_small.DISTILLATION_COST,
+        }
+        images = [stage.num_updates * stage.settings.batch_size * cost[stage.method] for stage in stages]
+        seconds = sum(images) / cifar10_small.REFERENCE_RATE
+        assert seconds == pytest.approx(60 * minutes - cifar10_small.OVERHEAD, rel=0.02)
+        assert images[0] / sum(images) == pytest.approx(cifar10_small.TEACHER_SHARE, rel=0.02)
+    with pytest.raises(ValueError, match="more than 2 minutes"):
+        cifar10_small.get_config("2-minutes")
 
 
 CIFAR10, IMAGENET64, LSUN128 = ((32, 32, 3), 10), ((64, 64, 3), 1000), ((128, 128, 3), 0)

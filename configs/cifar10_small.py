@@ -1,0 +1,67 @@
+"""CIFAR-10 at 32x32 within minutes on one GPU: a guided teacher, one w-conditioned student, halved from 32 steps to 1.
+
+    python main.py --config=configs/cifar10_small.py --workdir=runs/cifar10_small --config.data.path=PATH
+    python main.py --config=configs/cifar10_small.py:6-minutes --workdir=runs/cifar10_small --config.data.path=PATH
+
+PATH holds what `--mode=prepare` wrote. The variant is a budget: how long the whole run may take, compilation and
+evaluation included, on a GPU that trains the teacher with REFERENCE_RATE images a second (`--mode=benchmark` says what
+yours does; the time follows in proportion). Stages keep their share of it. Append "-smoke" for a few tiny updates on
+the embedded digits.
+"""
+
+import re
+from typing import Any
+
+from diffdistill.config import default_config, smoke
+
+REFERENCE_RATE = 8000  # training images a second of the teacher, for which the minutes hold
+OVERHEAD = 120  # seconds of compilation and evaluation, whatever the budget
+DISTILLATION_COST = 5 / 3  # of an example: two evaluations of the teacher beside the student's forward and backward
+# Shares of the training time. The rounds to 16, 8 and 4 steps have one part each, those to 2 and 1 two.
+TEACHER_SHARE, GUIDED_SHARE, ROUNDS_SHARE, ROUNDS_PARTS = 0.5, 0.18, 0.32, 7
+
+
+def get_config(variant: str = "25-minutes") -> Any:
+    """The settings for a budget: "<minutes>-minutes" with a number such as 6 or 4.5, and the same with "-smoke"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)-minutes(-smoke)?", variant)
+    seconds = 60 * float(match[1]) - OVERHEAD if match else 0.0
+    if not match or seconds <= 0:
+        raise ValueError(
+            f"configs/cifar10_small.py has no variant {variant!r}; give a budget of more than {OVERHEAD // 60} "
+            "minutes, such as '25-minutes' or '6-minutes', also with '-smoke'."
+        )
+    config = default_config()
+    config.name = f"cifar10_small-{variant}"
+    data, model, teacher, guided, halving = config.data, config.model, config.teacher, config.guided, config.progressive
+    data.source, data.dataset, data.flip = "array_record", "cifar10", True
+    data.image_shape, data.num_classes = (32, 32, 3), 10
+
+    model.dtype = "bfloat16"
+    model.channels, model.multipliers, model.embedding, model.num_groups = 64, (1, 2, 4), 256, 16
+    model.blocks_per_level, model.attention_resolutions, model.head_dim = 2, (8,), 64
+
+    teacher.batch_size, teacher.learning_rate, teacher.warmup_updates = 256, 1e-3, 200
+    teacher.ema_decay, teacher.ema_ramp = 0.999, True
+    guided.batch_size, guided.learning_rate = 128, 5e-4
+    guided.ema_decay, guided.ema_ramp = 0.99, True
+    guided.w_min, guided.w_max = 0.0, 2.0
+    halving.batch_size, halving.learning_rate = 128, 3e-4
+    halving.start_steps, halving.end_steps = 32, 1
+    for stage in (teacher, guided, halving):
+        stage.anneal, stage.weight, stage.stratified_times = "linear", "snr_trunc", True
+
+    teacher.num_updates = _updates(seconds * TEACHER_SHARE, teacher.batch_size)
+    guided.num_updates = _updates(seconds * GUIDED_SHARE / DISTILLATION_COST, guided.batch_size)
+    halving.num_updates = _updates(seconds * ROUNDS_SHARE / ROUNDS_PARTS / DISTILLATION_COST, halving.batch_size)
+    halving.final_num_updates = 2 * halving.num_updates
+
+    config.training.save_every = 1000
+    config.sampling.batch_size = 1000
+    config.evaluation.num_samples, config.evaluation.num_steps = 2000, (1, 4)
+    config.evaluation.guidance = (0.0, 1.0, 2.0)
+    return smoke(config) if match[2] else config
+
+
+def _updates(seconds: float, batch_size: int) -> int:
+    """Updates of a batch in so many seconds, in whole calls of ten, which is how accelerators run them."""
+    return max(1, round(seconds * REFERENCE_RATE / batch_size / 10)) * 10
