@@ -1,0 +1,71 @@
+"""Every row of the papers' tables: built at full size without allocating anything, and trained in its smoke variant."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import guided, progressive
+from diffdistill import chain, runner
+from diffdistill.config import resolve
+from diffdistill.training.interrupt import Interrupt
+
+ROWS = [("progressive", row) for row in progressive.ROWS] + [("guided", row) for row in guided.ROWS]
+MILLIONS = {  # parameters of the teachers; guided CIFAR-10 and ImageNet-64 have one output channel set and classes
+    ("progressive", "cifar10"): 60.0,
+    ("progressive", "imagenet64"): 295.9,
+    ("progressive", "lsun128"): 139.6,
+    ("guided", "cifar10"): 60.0,
+    ("guided", "imagenet64"): 295.9,
+}
+
+
+def config(file, row):
+    return importlib.import_module(f"configs.{file}").get_config(row)
+
+
+@pytest.mark.parametrize(("file", "row"), ROWS)
+def test_every_row_is_built_at_full_size(file, row):
+    """Plan, shapes and parameters of every stage; nothing is allocated."""
+    found = resolve(config(file, row))
+    facts = chain.DataFacts(found.data.image_shape, found.data.num_classes)
+    chain.check_data(found, facts)
+    plan = chain.plan(found)
+    assert plan[0].method == "teacher"
+    counts = {stage.conditioned_on_guidance: chain.denoiser_of(found, stage, facts) for stage in plan}
+    millions = {flag: denoiser.num_parameters() / 1e6 for flag, denoiser in counts.items()}
+    dataset = row.partition("-")[0]
+    assert millions[False] == pytest.approx(MILLIONS[file, dataset], abs=0.05)
+    if True in millions:
+        assert 0 < millions[True] - millions[False] < 3  # the embedding of w
+    for method in ("progressive", "stochastic"):
+        steps = [stage.num_steps for stage in plan if stage.method == method]
+        assert steps == [2**power for power in reversed(range(len(steps)))]
+
+
+@pytest.fixture
+def quick_compiler():
+    """What is trained here is not looked at closely: most of the time would be spent on making it fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.parametrize(("file", "row"), ROWS)
+def test_every_row_trains_in_its_smoke_variant(file, row, tmp_path):
+    settings = config(file, f"{row}-smoke")
+    for halving in (settings.progressive, settings.stochastic):
+        halving.start_steps = 2  # one round of each chain
+    for group in ("teacher", "guided", "progressive", "stochastic"):
+        settings[group].num_updates = min(settings[group].num_updates, 2)
+    settings.training.updates_per_call = 1
+    settings.model.multipliers, settings.model.attention_resolutions = (1,), (8,)
+    run = runner.prepare(resolve(settings), str(tmp_path / "run"))
+    runner.train(run, Interrupt(), say=lambda text: None)
+    finished = list(runner.finished(run.workdir))
+    assert finished == list(run.stages)
+    params = runner.read_params(run.workdir, finished[-1], run.mesh)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(params)))
