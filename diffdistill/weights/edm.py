@@ -59,6 +59,12 @@ def _import(path: Path, ema: Any) -> ImportedModel:
         found = ema.attribute(name, (int, float))
         if not math.isclose(found, expected, rel_tol=1e-6):
             raise WeightsError(f"its {ema.class_name} has {name}={found}, but only {expected} is supported")
+    levels = float(ema.attribute("sigma_min", (int, float))), float(ema.attribute("sigma_max", (int, float)))
+    if prediction == "ve" and not 0.0 < levels[0] < levels[1] < math.inf:
+        raise WeightsError(
+            f"its {ema.class_name} was trained on noise levels from {levels[0]} to {levels[1]}, expected two positive "
+            "numbers, such as 0.02 and 100"
+        )
     size, channels = ema.attribute("img_resolution", int), ema.attribute("img_channels", int)
     module = ema.child("model")
     tensors = module.tensors()
@@ -85,8 +91,8 @@ def _import(path: Path, ema: Any) -> ImportedModel:
         prediction_settings=own,
         image_shape=image_shape,
         num_classes=num_classes,
-        sigma_min=float(ema.attribute("sigma_min", (int, float))),
-        sigma_max=float(ema.attribute("sigma_max", (int, float))),
+        sigma_min=levels[0],
+        sigma_max=levels[1],
         dropout=_dropout(module),
         label_dropout=float(module.state.get("label_dropout") or 0.0),
     )

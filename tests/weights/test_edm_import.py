@@ -184,6 +184,7 @@ def _set(name, value):
         ("ddpmpp-cond", _set("sigma_data", None), "sigma_data=None"),
         ("ddpmpp-cond", _set("label_dim", 4), r"map_label.weight has shape \(8, 3\)"),
         ("ddpmpp-uncond", _set("beta_d", 12.0), "beta_d=12.0, but only 19.9"),
+        ("ncsnpp-cond", _set("sigma_min", 0), "noise levels from 0.0 to 100.0, expected two positive"),
         (
             "ddpmpp-cond",
             lambda facts, tensors: facts.update({"class": "Net"}),
