@@ -9,7 +9,8 @@ one of the variants, each also with "-smoke":
     :edm         the same networks and updates with EDM's preconditioning, training noise, loss weight and samplers
     :full        besides, students of the stochastic sampler, distilled encoders, and style transfer in the report
     :single-<w>  baseline of Meng et al. 2023: one student for one guidance weight
-    :separate    baseline: conditional and unconditional students that two branches combine
+    :separate    baseline: the conditional and the unconditional model distilled without w (in one network, as the
+                 teacher has them) and combined by two evaluations a step
 """
 
 from typing import Any

@@ -4,8 +4,9 @@
     python main.py --config=configs/guided.py:imagenet64 --workdir=runs/guided_imagenet64 --config.data.path=PATH
 
 Append "-stochastic" to the row for a second chain, of students of the stochastic sampler; "-single-<w>" for the
-baseline of one student a weight, such as imagenet64-single-0.3; "-separate" for the baseline of conditional and
-unconditional students that two branches combine.
+baseline of one student a weight, such as imagenet64-single-0.3; "-separate" for the baseline of a conditional and an
+unconditional model, distilled without w in one network and combined by two evaluations a step; "-encoder" for distilled
+encoders beside the decoders, for style transfer.
 
 Add --mode=plan to see sizes, memory and FLOPs first; append "-smoke" to the row for a few tiny updates on the embedded
 digits. PATH holds what `--mode=prepare` wrote. Guidance weights are w of (1 + w) conditional - w unconditional. The
@@ -19,7 +20,7 @@ from diffdistill.config import default_config, smoke
 # Height, width, channels and number of classes.
 IMAGES = {"cifar10": ((32, 32, 3), 10), "imagenet64": ((64, 64, 3), 1000)}
 GUIDANCE = (0.0, 0.3, 1.0, 2.0, 4.0)
-VARIANTS = ("stochastic", "separate", *(f"single-{w:g}" for w in GUIDANCE))
+VARIANTS = ("stochastic", "encoder", "separate", *(f"single-{w:g}" for w in GUIDANCE))
 ROWS = (*IMAGES, *(f"{name}-{variant}" for name in IMAGES for variant in VARIANTS))
 
 
@@ -72,6 +73,8 @@ def get_config(row: str = "cifar10") -> Any:
         halving.batch_size = 256
     if variant == "stochastic":
         config.stochastic.update(halving)
+    elif variant == "encoder":
+        config.encoder.update({**halving, "weight": config.encoder.weight})
     elif variant == "separate":
         guided.num_updates, halving.label_dropout = 0, 0.5
     elif variant:

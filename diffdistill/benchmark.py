@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from diffdistill import chain, plan
 from diffdistill.config import Config
+from diffdistill.data.pipeline import Batch
 from diffdistill.evaluation import results
 from diffdistill.fields import one_of
 from diffdistill.sample import Generator
@@ -192,6 +193,10 @@ def _sampling(config: Config, facts: chain.DataFacts, sampler: str, num_steps: i
         batch_size=config.sampling.batch_size,
     )
     size = generator.chunk_size(config.sampling.batch_size)
+    if denoiser.task is not None:
+        pixels = np.random.default_rng(0).integers(0, 256, (size, *facts.image_shape), dtype=np.uint8)
+        shown = lambda seeds: Batch(image=pixels[: len(seeds)], label=np.zeros(len(seeds), np.int32))  # noqa: E731
+        generator = dataclasses.replace(generator, examples=shown)
 
     def call() -> None:
         for chunk in generator.stream(size):

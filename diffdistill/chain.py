@@ -86,7 +86,10 @@ def _rounds(prefix: str, method: str, settings: ProgressiveConfig, teacher: str,
     if not settings.num_updates:
         return
     num_steps = settings.start_steps // 2
-    for index in range((settings.start_steps // settings.end_steps).bit_length() - 1):
+    # The last evaluation of the stochastic sampler is a plain step to data: in one step there is nothing to learn that
+    # the student of two steps does not know.
+    end_steps = max(settings.end_steps, 2) if method == "stochastic" else settings.end_steps
+    for index in range((settings.start_steps // end_steps).bit_length() - 1):
         updates = settings.num_updates
         if num_steps <= 2 and settings.final_num_updates:
             updates = settings.final_num_updates
@@ -261,6 +264,7 @@ def check_data(config: Config, facts: DataFacts) -> None:
             "Give the right path, convert with config.data.image_size and channels, or change what is expected."
         )
     _check_latents(config, facts)
+    _check_tasks(config, facts)
     height, width, _ = facts.image_shape
     factor = 2 ** (len(config.model.multipliers) - 1)
     if height % factor or width % factor:
@@ -288,6 +292,7 @@ def _check_latents(config: Config, facts: DataFacts) -> None:
         "config.sampling.clip=False": sampling.clip,
         "config.sampling.quantisation=none": sampling.quantisation != "none",
         "config.evaluation.num_samples=0": config.evaluation.num_samples,
+        "config.evaluation.transfers=()": config.evaluation.transfers,
     }
     needed = [setting for setting, is_wrong in wrong.items() if is_wrong]
     if needed:
@@ -295,3 +300,23 @@ def _check_latents(config: Config, facts: DataFacts) -> None:
             f"The data are latents, not images: set {', '.join(f'--{setting}' for setting in needed)}. To measure a "
             "model of latents, decode what --mode=sample writes and give the images to --mode=evaluate --images."
         )
+
+
+def _check_tasks(config: Config, facts: DataFacts) -> None:
+    height, width, channels = facts.image_shape
+    task = config.model.image_condition
+    if task == "super_resolution" and (height % conditioning.FACTOR or width % conditioning.FACTOR):
+        raise ConfigError(
+            f"config.model.image_condition='super_resolution' shrinks images {conditioning.FACTOR} times, but they are "
+            f"{height} x {width}: set config.data.image_size to a multiple of it."
+        )
+    if task == "colourisation" and channels == 1:
+        raise ConfigError("config.model.image_condition='colourisation', but the images are grey already.")
+    known = {*facts.class_names, *map(str, range(facts.num_classes))}
+    for text in config.evaluation.transfers:
+        missing = [name for name in text.split(" to ", 1) if name not in known]
+        if missing:
+            raise ConfigError(
+                f"config.evaluation.transfers has {text!r}, but the data has no class {missing[0]!r}; it has "
+                f"{', '.join((facts.class_names or tuple(sorted(known)))[:20])}."
+            )

@@ -39,19 +39,19 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
     flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
-    flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
-    flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
-    flags.DEFINE_bool("extrapolate_w", False, "sample: accept a w that the stage was not distilled for.")
+    flags.DEFINE_integer("steps", 0, "sample, transfer: steps (default what the stage was trained for).")
+    flags.DEFINE_float("w", 0.0, "sample, transfer: guidance weight of (1 + w) conditional - w unconditional; 0: none.")
+    flags.DEFINE_bool("extrapolate_w", False, "sample, transfer: accept a w that the stage was not distilled for.")
     flags.DEFINE_string(
-        "sampler", "", "sample: ddim, ancestral, euler, heun, churn or ablation (default from the config)."
+        "sampler", "", "sample: ddim, ancestral, stochastic, euler, heun, churn or ablation (default from the config)."
     )
-    flags.DEFINE_integer("num", 0, "sample: number of images (default 100, or as many as there are latents).")
+    flags.DEFINE_integer("num", 0, "sample, transfer: number of images (default 100, or as many as are given).")
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
     flags.DEFINE_list(
         "labels",
         [],
         "sample: classes by number or name, or an .npy file of numbers or one-hot rows; repeated in turn (default all "
-        "classes).",
+        "classes). transfer: the class that images are to become.",
     )
     flags.DEFINE_enum(
         "quantisation", "", ["", "edm", "adm", "none"], "sample: how images become bytes; none: float32 in [-1, 1]."
@@ -60,9 +60,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out",
         "",
-        "sample: folder for samples.png and samples.npz (default <workdir>/samples). statistics: the .npz file to "
-        "write. table: folder for Markdown, CSV and plots. evaluate --images: folder for results.jsonl. benchmark: "
-        "file to which records are appended.",
+        "sample: folder for samples.png and samples.npz (default <workdir>/samples). transfer: folder for transfer.png and "
+        "transfer.npz (default <workdir>/transfer). statistics: the .npz file to write. table: folder for Markdown, CSV "
+        "and plots. evaluate --images: folder for results.jsonl. benchmark: file to which records are appended.",
     )
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
@@ -85,7 +85,7 @@ def define_flags() -> None:
         "in, edm, guided-diffusion or progressive.",
     )
     flags.DEFINE_string("output", "", "import --source=progressive: what the network puts out, x or v (default x).")
-    flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008.")
+    flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008, or its path.")
     flags.DEFINE_string("decoder", "", "transfer: stage that decodes, of this run or the path of another run's.")
     flags.DEFINE_string("source_class", "", "transfer: class of the images, by number or name.")
     flags.DEFINE_list("benchmarks", ["teacher"], "benchmark: what to measure, some of teacher, halving, sampling.")

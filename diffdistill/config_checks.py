@@ -186,6 +186,8 @@ def _check_combinations(config: Config) -> None:
             )
         if guided.w_min > guided.w_max:
             raise ConfigError(f"config.guided.w_min ({guided.w_min}) is above config.guided.w_max ({guided.w_max}).")
+    if config.encoder.label_dropout:
+        raise ConfigError("config.encoder.label_dropout must be 0: encoders are told the class of every image.")
     for name in HALVINGS:
         stage: ProgressiveConfig = getattr(config, name)
         if stage.num_updates and stage.label_dropout and (guided.num_updates or not config.teacher.label_dropout):
@@ -213,6 +215,16 @@ def _check_combinations(config: Config) -> None:
             raise ConfigError(
                 f"config.evaluation.transfers has {text!r}, which needs classes, encoder stages and decoder stages: "
                 "config.model.conditional, config.encoder.num_updates and config.progressive.num_updates."
+            )
+        if guided.num_updates and not guided.w_min <= 0.0 <= guided.w_max:
+            raise ConfigError(
+                f"config.evaluation.transfers has {text!r}: images are encoded without guidance, but the students know "
+                f"w from {guided.w_min} to {guided.w_max} alone. Let config.guided.w_min be 0."
+            )
+        if config.sampling.quantisation == "none":
+            raise ConfigError(
+                f"config.evaluation.transfers has {text!r}, which makes images of bytes. Set "
+                "config.sampling.quantisation to 'edm' or 'adm'."
             )
     if config.data.source == "digits" and config.data.path:
         raise ConfigError(

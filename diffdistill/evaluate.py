@@ -33,10 +33,13 @@ from diffdistill.workdir import Workdir
 RESULTS = "evaluation/results.jsonl"
 
 
-def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: bool) -> Iterator[Measurement]:
+def measurements(
+    folder: Workdir, stages: tuple[Stage, ...], with_reference: bool, *, full_length: bool = True
+) -> Iterator[Measurement]:
     """What the config asks for: teacher, guided student, rounds at their own step count.
 
     with_reference: for each w and seed the teacher's full-length DDIM samples come first, whatever else is asked for.
+    full_length: whether the teacher is then measured at that length with the other samplers too.
     """
     config, evaluation = folder.config, folder.config.evaluation
     full = chain.full_steps(config)
@@ -59,7 +62,9 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
                     continue
                 # A round is measured at its own number of steps, whatever the list says.
                 steps = (stage.num_steps,) if stage.num_steps else evaluation.num_steps
-                steps = (full, *steps) if stage.name == "teacher" and with_reference else steps
+                if stage.method == "stochastic" and stage.num_steps == 2:
+                    steps = (2, 1)  # which its single step needs no round of its own for
+                steps = (full, *steps) if stage.name == "teacher" and with_reference and full_length else steps
                 asked = [
                     Measurement(stage, num_steps, sampler, w, seed)
                     for sampler in samplers_for(stage, samplers)
@@ -107,7 +112,7 @@ def evaluate(
     judge = judges.make(folder, source, inception_weights, interrupt, say)
     if judge is None:
         return
-    todo = list(measurements(folder, stages, judge.needs_reference))
+    todo = list(measurements(folder, stages, judge.needs_reference, full_length=into == RESULTS))
     done = results.finished(results.read(folder.path / into))
     models = {
         stage.name: _Model(folder, judge, with_examples(load_stage(folder, stage), source), into)

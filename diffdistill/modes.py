@@ -60,7 +60,7 @@ def _evaluate(interrupt: Any) -> None:
     source = in_memory(runner.open_data(folder.config)[0]) if needs_images else None
     evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=say)
     if source is not None:
-        transfer_files.evaluate(folder, source, say)
+        transfer_files.evaluate(folder, source, interrupt, say)
     costs = list(stage_costs(folder))  # on every process: checkpoints are opened by all together
     if is_main():
         save_overview(folder, source)
@@ -229,6 +229,7 @@ def _transfer(interrupt: Any) -> None:
         source_class=FLAGS.source_class,
         target_class=FLAGS.labels[0],
         w=FLAGS.w,
+        extrapolate=FLAGS.extrapolate_w,
         num=FLAGS.num,
         num_steps=FLAGS.steps or None,
         out=FLAGS.out,

@@ -17,7 +17,7 @@ from diffdistill.evaluate import RESULTS, samples_path
 from diffdistill.evaluation import images, results, tables
 from diffdistill.evaluation.report import write_report as write_page
 from diffdistill.training.checkpoints import StageCheckpoints
-from diffdistill.transfer_files import FOLDER
+from diffdistill.transfer_files import record_path
 from diffdistill.workdir import Workdir
 
 _GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)(?:_(?P<sampler>.+))?\.png")
@@ -38,7 +38,9 @@ def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str,
         facts=_facts(folder),
         costs=costs,
         transfers=[
-            json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder.path / FOLDER).glob("*.json"))
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in (record_path(folder, text) for text in folder.config.evaluation.transfers)
+            if path.exists()
         ],
     )
     return f"{tables.terminal_table(measured)}\n{tables.terminal_costs(costs)}", page

@@ -66,6 +66,7 @@ class Generator:
       extrapolates: whether a guidance weight outside guidance_range is accepted.
       latent_scaling: (shift (C,), scale) between the data and what the network sees of it; None for images.
       examples: seeds -> images and labels that a model from image to image is shown where no others are given.
+      learnt_sampler: the only sampler whose steps it has learnt; empty: as samplers_for says.
       settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
 
@@ -86,6 +87,7 @@ class Generator:
     extrapolates: bool = False
     latent_scaling: tuple[np.ndarray, np.float32] | None = None
     examples: Callable[[np.ndarray], Batch] | None = None
+    learnt_sampler: str = ""
 
     def sample(
         self,
@@ -209,6 +211,11 @@ class Generator:
             raise SampleError(f"num_steps is {num_steps}; give a number of at least 1.")
         if sampler not in samplers.SAMPLERS:
             raise SampleError(f"sampler is {sampler!r}; known are {', '.join(samplers.SAMPLERS)}.")
+        if self.learnt_sampler and sampler != self.learnt_sampler:
+            raise SampleError(
+                f"sampler is {sampler!r}, but stage {self.name} has learnt the steps of {self.learnt_sampler!r}. Take "
+                "a round_ stage for DDIM."
+            )
         if not math.isfinite(w):
             raise SampleError(f"w is {w}; give a finite guidance weight (0 is no guidance).")
         if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
@@ -263,6 +270,8 @@ class Generator:
         classes = self.denoiser.num_classes
         if labels is None and classes and self.denoiser.task is not None and pictures is None and self.examples:
             return self.examples(seeds)["label"]
+        if labels is None and classes and pictures is not None:
+            raise SampleError(f"say the classes of the pictures (--labels): stage {self.name} is told the class.")
         if labels is None:
             return (seeds % max(classes, 1)).astype(np.int32)
         if not classes:
@@ -423,9 +432,10 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         guidance_range=chain.guidance_range(config, stage),
         has_null_class=chain.has_null_class(config, stage),
         sampler=samplers_for(stage, (config.sampling.sampler,))[0],
-        clip=config.sampling.clip,
+        learnt_sampler="stochastic" if stage.method == "stochastic" else "",
+        clip=config.sampling.clip and not folder.facts.latents,
         settings=dataclasses.asdict(config.sampling),
-        quantisation=config.sampling.quantisation,
+        quantisation="none" if folder.facts.latents else config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
         is_encoder=stage.method == "encoder",

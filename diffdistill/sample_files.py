@@ -55,6 +55,8 @@ def to_files(
     from tqdm import tqdm
 
     generator = dataclasses.replace(load_from(folder, stage), extrapolates=extrapolate)
+    if quantisation and generator.latent_scaling is not None and quantisation != "none":
+        raise SampleError(f"--quantisation={quantisation} is for images, but stage {generator.name} makes latents.")
     if quantisation:
         generator = dataclasses.replace(generator, quantisation=quantisation)
     place = Path(out) if out else folder.path / "samples"
@@ -66,8 +68,10 @@ def to_files(
         ) from error
     noise = _read_array("latents", latents) if latents else None
     classes = _read_labels(labels[0]) if len(labels) == 1 and labels[0].endswith(".npy") else list(labels)
+    if mask and not pictures:
+        raise SampleError(f"--mask={mask} says where images are to be made anew: give them with --images=PATH.")
     given = _read_pictures(pictures, num, generator) if pictures else None
-    masks = _read_masks(mask, len(given), generator) if mask and given is not None else None
+    masks = _read_masks(mask, len(given), generator) if given is not None and mask else None
     num = num or next((len(array) for array in (noise, given) if array is not None), 100)
     with tqdm(total=num, desc="sampling", unit="image", delay=2, disable=None) as bar:
         samples = generator.sample(

@@ -65,6 +65,8 @@ def encode(
     Raises SampleError for images that are not of the model's shape.
     """
     denoiser = generator.denoiser
+    if denoiser.task is not None:
+        raise SampleError(f"stage {generator.name} makes images from images; there is no encoding with it.")
     if pictures.dtype != np.uint8 or pictures.shape[1:] != denoiser.image_shape:
         raise SampleError(
             f"the images are {pictures.dtype} {pictures.shape[1:]}, but stage {generator.name} is made for uint8 "
@@ -154,17 +156,31 @@ def figures(
 
 
 def pairs(
-    encoder: tuple[Workdir, str], decoder: tuple[Workdir, str], encoder_steps: int | None, decoder_steps: int | None
+    encoder: tuple[Workdir, str],
+    decoder: tuple[Workdir, str],
+    encoder_steps: int | None,
+    decoder_steps: int | None,
+    *,
+    extrapolate: bool = False,
 ) -> tuple[Pair, Pair]:
     """The pair of two stages, (run, name of the stage) each, and the undistilled models they began with.
 
-    Both take the same numbers of steps; None: those that the stages were distilled to.
+    Both take the same numbers of steps; None: those that the stages were distilled to. extrapolate: whether w may lie
+    outside the decoder's range. SampleError for a decoder that is an encoder.
     """
     first, second = sample.load_from(*encoder), sample.load_from(*decoder)
+    if second.is_encoder:
+        raise SampleError(f"the decoder {second.name} leads from images to noise; take a round_ stage.")
+    second = dataclasses.replace(second, extrapolates=extrapolate)
     steps = encoder_steps or first.num_steps, decoder_steps or second.num_steps
     return (
         Pair(DISTILLED, first, second, *steps),
-        Pair(UNDISTILLED, _before_halving(*encoder), _before_halving(*decoder), *steps),
+        Pair(
+            UNDISTILLED,
+            _before_halving(encoder[0], first.name),
+            dataclasses.replace(_before_halving(decoder[0], second.name), extrapolates=extrapolate),
+            *steps,
+        ),
     )
 
 

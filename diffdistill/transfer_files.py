@@ -13,9 +13,13 @@ from diffdistill import chain, runner, sample
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
 from diffdistill.data.unlabelled import open_unlabelled
+from diffdistill.evaluate import params_hash
 from diffdistill.evaluation import features, images
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.evaluation.stream import EvaluationInterrupted
+from diffdistill.sample import Generator, SampleError
 from diffdistill.training import mesh as meshes
+from diffdistill.training.interrupt import Interrupt
 from diffdistill.transfer import Pair, Transfer, figures, many_step_noise, pairs, transfer
 from diffdistill.workdir import Workdir, WorkdirError
 
@@ -23,6 +27,7 @@ FOLDER = "evaluation/transfer"
 SHOWN = 12  # columns of a picture
 PICTURED_STEPS = 8  # the report shows the students of this many steps, or the next fewer
 NUM_IMAGES = 150  # of a class, in the report
+_BLOCK = 20_000
 
 
 def to_files(
@@ -34,6 +39,7 @@ def to_files(
     source_class: str,
     target_class: str,
     w: float,
+    extrapolate: bool,
     num: int,
     num_steps: int | None,
     out: str,
@@ -46,9 +52,10 @@ def to_files(
     Args:
       folder: the run that the stages are of.
       encoder, decoder: stages of it, or paths of stages of other runs.
-      pictures: images of `source_class`; empty: those of the run's data.
+      pictures: images of `source_class`; empty: those of the data of the encoder's run.
       source_class, target_class: number or name of a class.
       w: guidance weight of the decoder.
+      extrapolate: whether w may lie outside the range that the decoder was distilled for.
       num: how many images; 0: 100, or as many as there are.
       num_steps: of both; None: what each was distilled to.
       out: folder to write to; empty: <workdir>/transfer.
@@ -62,13 +69,15 @@ def to_files(
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkdirError(f"{place} cannot be written: {error.strerror}. Choose another with --out=FOLDER.") from error
-    both = pairs(_stage(folder, encoder), _stage(folder, decoder), num_steps, num_steps)
-    source, _ = runner.open_data(folder.config)
-    first = both[0].encoder.class_number(source_class)
-    second = both[0].decoder.class_number(target_class)
+    from_run, to_run = _stage(folder, encoder), _stage(folder, decoder)
+    both = pairs(from_run, to_run, num_steps, num_steps, extrapolate=extrapolate)
+    source, _ = runner.open_data(from_run[0].config)
+    target = source if from_run[0].path == to_run[0].path else runner.open_data(to_run[0].config)[0]
+    first = _class(both[0].encoder, source_class)
+    second = _class(both[0].decoder, target_class)
     given = _pictures(source, pictures, first, num or 100)
-    network = _classifier(folder, source)
-    full = chain.full_steps(folder.config)
+    network = _classifier(to_run[0], target)
+    full = chain.full_steps(from_run[0].config)
     reference = many_step_noise(both[1], given, first, full)
     made = [transfer(pair, given, first, second, (w,)) for pair in both]
     measured = [figures(each, given, reference, second, network) for each in made]
@@ -84,14 +93,15 @@ def to_files(
     say(f"{len(given)} images: {place / 'transfer.png'}, {place / 'transfer.npz'}")
 
 
-def evaluate(folder: Workdir, source: Source, say: Callable[[str], Any]) -> None:
+def evaluate(folder: Workdir, source: Source, interrupt: Interrupt, say: Callable[[str], Any]) -> None:
     """Makes the transfers of config.evaluation.transfers with every encoder and the decoder of as many steps.
 
     Writes evaluation/transfer/<first>_to_<second>.png and .json; what was made of the same parameters is left alone.
     A run whose encoders are not finished has no transfers.
 
     Raises:
-      SampleError: a class that the data does not have.
+      EvaluationInterrupted: a signal arrived.
+      SampleError: a class of which the data has no image.
     """
     wanted = folder.config.evaluation.transfers
     stages = {(stage.method, stage.num_steps): stage.name for stage in runner.finished(folder)}
@@ -107,9 +117,20 @@ def evaluate(folder: Workdir, source: Source, say: Callable[[str], Any]) -> None
     generator = sets[pictured][0].decoder
     low, high = generator.guidance_range or (0.0, 0.0)
     weights = tuple(w for w in folder.config.evaluation.guidance if low <= w <= high)
+    hashes = [params_hash(each.params) for pair, _ in sets.values() for each in (pair.encoder, pair.decoder)]
     for text in wanted:
         names = _classes(text)
-        first, second = map(generator.class_number, names)
+        key = {
+            "params": hashes,
+            "weights": list(weights),
+            "num_images": NUM_IMAGES,
+            "fingerprint": source.fingerprint(),
+        }
+        if meshes.any_process(interrupt.requested):
+            raise EvaluationInterrupted(interrupt.reason)
+        if _is_made(record_path(folder, text), key):
+            continue
+        first, second = (_class(generator, name) for name in names)
         given = _pictures(source, "", first, NUM_IMAGES)
         reference = many_step_noise(sets[pictured][1], given, first, full)
         entries = []
@@ -126,19 +147,39 @@ def evaluate(folder: Workdir, source: Source, say: Callable[[str], Any]) -> None
             record = {
                 "transfer": text,
                 "num_images": len(given),
+                "key": key,
                 "full_steps": full,
                 "pictured_steps": pictured,
                 "entries": entries,
             }
             content = json.dumps(record, indent=1).encode()
-            path = folder.path / FOLDER / f"{'_to_'.join(names)}.json"
-            write_atomically(path, lambda file, content=content: file.write(content))
+            write_atomically(record_path(folder, text), lambda file, content=content: file.write(content))
+
+
+def record_path(folder: Workdir, text: str) -> Path:
+    """Where the figures of a transfer such as "3 to 8" lie; its picture lies beside them."""
+    return folder.path / FOLDER / f"{'_to_'.join(_classes(text))}.json"
+
+
+def _is_made(path: Path, key: dict[str, Any]) -> bool:
+    """Whether a transfer was made by the same models of the same data; on several processes as the main one sees it."""
+    made = False
+    if meshes.is_main() and path.exists() and path.with_suffix(".png").exists():
+        made = json.loads(path.read_text(encoding="utf-8")).get("key") == key
+    return bool(meshes.from_main(np.array([made], np.int32))[0])
 
 
 def _classes(text: str) -> tuple[str, str]:
     """("3", "8") of "3 to 8"."""
     first, _, second = text.partition(" to ")
     return first, second
+
+
+def _class(generator: Generator, label: str) -> int:
+    number, classes = generator.class_number(label), generator.denoiser.num_classes
+    if classes and number >= classes:
+        raise SampleError(f"class {label} is no class of stage {generator.name}, which knows 0 to {classes - 1}.")
+    return number
 
 
 def _stage(folder: Workdir, name: str) -> tuple[Workdir, str]:
@@ -148,12 +189,21 @@ def _stage(folder: Workdir, name: str) -> tuple[Workdir, str]:
 
 
 def _pictures(source: Source, path: str, label: int, num: int) -> np.ndarray:
+    """(N, H, W, C) images at a path, or of a class of the data."""
     if path:
         height, _, channels = source.image_shape
         given = open_unlabelled(path, height, channels)
         return gather(given, np.arange(min(num, len(given))))["image"]
-    data = gather(source, np.arange(min(len(source), 20_000)))
-    return data["image"][data["label"] == label][:num]
+    found: list[np.ndarray] = []
+    for start in range(0, len(source), _BLOCK):  # data may be sorted by class
+        data = gather(source, np.arange(start, min(start + _BLOCK, len(source))))
+        found.append(data["image"][data["label"] == label])
+        if sum(map(len, found)) >= num:
+            break
+    pictures = np.concatenate(found)[:num]
+    if not len(pictures):
+        raise SampleError(f"{source.name} has no image of class {label}; choose another class.")
+    return pictures
 
 
 def _classifier(folder: Workdir, source: Source) -> features.FeatureNetwork | None:

@@ -82,8 +82,10 @@ Values = dict[tuple[float, int], dict[float, float]]
 def _values(records: Sequence[results.Record], metric: str) -> Values:
     """{(w, steps): {fraction: mean over the seeds}}; of repeated measurements the last counts."""
     seeds: dict[tuple[float, int], dict[float, dict[int, float]]] = {}
-    for entry in records:
-        if entry["metric"] == metric and entry["sampler"] == "ancestral":
+    tries = [entry for entry in records if entry["metric"] == metric and entry["sampler"] == "ancestral"]
+    for entry in tries:
+        # Tries of other parameters, or with other numbers of samples, cannot be compared with the newest.
+        if all(entry[name] == tries[-1][name] for name in ("params_hash", "num_samples")):
             fraction = entry["sampler_settings"]["variance_fraction"]
             place = seeds.setdefault((entry["w"], entry["num_steps"]), {}).setdefault(fraction, {})
             place[entry["seed"]] = entry["value"]

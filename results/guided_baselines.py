@@ -2,7 +2,7 @@
 
     python results/guided_baselines.py --folder=runs/guided_baselines
 
-Runs configs/digits.py:full, then :single-1, :single-2 and :separate with its teacher, each in a folder of its own and
+Runs configs/digits.py:full, then :single-0, -1, -2 and :separate with its teacher, each in a folder of its own and
 each continued where it stopped, and prints one table: Frechet distances to the data and to the guided teacher in many
 steps (features of a small classifier; not FID) by guidance weight and number of steps.
 """
@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = {  # (variant, method) -> how the table calls it
     ("full", "progressive"): "one student for all w",
     ("full", "stochastic"): "one student for all w, stochastic",
+    ("single-0", "progressive"): "one student for each w",
     ("single-1", "progressive"): "one student for each w",
     ("single-2", "progressive"): "one student for each w",
-    ("separate", "progressive"): "two students, combined",
+    ("separate", "progressive"): "conditional and unconditional, combined, two evaluations a step",
     ("full", "teacher"): "teacher, two evaluations a step",
 }
 VARIANTS = tuple(dict.fromkeys(variant for variant, _ in ROWS))
@@ -40,9 +41,11 @@ def main() -> None:
     for variant in VARIANTS:
         workdir = options.folder / variant
         if not workdir.exists() and variant != VARIANTS[0]:
-            workdir.mkdir(parents=True)
-            shutil.copytree(first / "teacher", workdir / "teacher")
-            shutil.copy(first / "config.json", workdir)
+            begun = options.folder / f"{variant}.part"  # renamed when it is whole: a kill leaves no half teacher
+            shutil.rmtree(begun, ignore_errors=True)
+            shutil.copytree(first / "teacher", begun / "teacher")
+            shutil.copy(first / "config.json", begun)
+            begun.rename(workdir)
         command = [sys.executable, "main.py", f"--config=configs/digits.py:{variant}", f"--workdir={workdir.resolve()}"]
         subprocess.run([*command, f"--config.seed={options.seed}"], cwd=ROOT, check=True)
     print(table(options.folder))

@@ -25,6 +25,7 @@ from diffdistill.terminal import EXIT_NOT_FINITE
 
 SAMPLERS = ("ancestral", "ddim")
 CELL = "cell.json"
+SETTINGS = ("updates", "samples", "steps")
 DIVERGES, NOT_THERE = "diverges", "-"
 
 
@@ -74,7 +75,8 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
                 # What no model that learnt anything reaches; also where a sample is not a number.
                 near = record["value"] < limit
                 found[record["sampler"]] = record["value"] if near else DIVERGES
-    write_atomically(folder / CELL, lambda file: file.write(json.dumps(found).encode()))
+    record = {"settings": settings_of(options), **found}
+    write_atomically(folder / CELL, lambda file: file.write(json.dumps(record).encode()))
     return code
 
 
@@ -87,7 +89,7 @@ def shares(cores: Sequence[int], jobs: int) -> list[list[int]]:
 
 def run_cells(options: argparse.Namespace, cells: Sequence[tuple[str, str, int]]) -> bool:
     """Measures the cells that are not finished, and returns whether it was left to end by itself."""
-    waiting = [cell for cell in cells if not (folder_of(options, *cell) / CELL).exists()]
+    waiting = [cell for cell in cells if not is_finished(options, *cell)]
     idle = shares(sorted(os.sched_getaffinity(0)), options.jobs)
     running: dict[subprocess.Popen, tuple[list[int], tuple[str, str, int]]] = {}
     stopped: list[int] = []
@@ -110,12 +112,28 @@ def run_cells(options: argparse.Namespace, cells: Sequence[tuple[str, str, int]]
     return not stopped
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, int]:
+    """What a cell's figures depend on."""
+    return {name: getattr(options, name) for name in SETTINGS}
+
+
+def is_finished(options: argparse.Namespace, output: str, weight: str, seed: int) -> bool:
+    """Whether a cell was measured with these settings; ends the program where it was with others."""
+    path = folder_of(options, output, weight, seed) / CELL
+    if not path.exists():
+        return False
+    made = json.loads(path.read_text())["settings"]
+    if made != settings_of(options):
+        sys.exit(f"Error: {path} was made with {made}, not {settings_of(options)}. Give the same, or another --folder.")
+    return True
+
+
 def start(options: argparse.Namespace, cell: tuple[str, str, int], cores: list[int]) -> subprocess.Popen:
     """The process of one cell on these cores, its output in a file of its folder."""
     folder = folder_of(options, *cell)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, f"--folder={options.folder}", f"--cell={','.join(map(str, cell))}"]
-    command += [f"--{name}={getattr(options, name)}" for name in ("updates", "samples", "steps")]
+    command += [f"--{name}={getattr(options, name)}" for name in SETTINGS]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(len(cores))}
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -138,8 +156,8 @@ def table(options: argparse.Namespace, seeds: Sequence[int]) -> str:
     ]
     for output in OUTPUTS:
         for weight in WEIGHTS:
-            files = [folder_of(options, output, weight, seed) / CELL for seed in seeds]
-            found = [json.loads(file.read_text()) for file in files if file.exists()]
+            done = [seed for seed in seeds if is_finished(options, output, weight, seed)]
+            found = [json.loads((folder_of(options, output, weight, seed) / CELL).read_text()) for seed in done]
             shown = " | ".join(text([values.get(sampler) for values in found]) for sampler in SAMPLERS)
             rows.append(f"| {output} | {weight} | {shown} |")
     return "\n".join(rows)

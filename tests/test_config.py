@@ -250,7 +250,7 @@ def test_baselines_and_stochastic_students_of_guided_models_are_rows(dataset):
         return resolve(guided.get_config(f"{dataset}-{variant}"))
 
     stochastic = chain.plan(found("stochastic"))
-    assert [stage.num_steps for stage in stochastic if stage.method == "stochastic"] == [512 >> k for k in range(10)]
+    assert [stage.num_steps for stage in stochastic if stage.method == "stochastic"] == [512 >> k for k in range(9)]
     single = found("single-0.3")
     assert (single.guided.w_min, single.guided.w_max, single.evaluation.guidance) == (0.3, 0.3, (0.3,))
     separate = found("separate")

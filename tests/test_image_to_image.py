@@ -95,23 +95,27 @@ def test_samples_follow_pictures_and_masks(opened):
     assert generator.name == "round_00_steps_0001"
     pictures, masks = source.images[:4], np.zeros((4, 8, 8))
     masks[:, 2:6, 2:6] = 1
-    made = generator.sample(4, w=1.0, pictures=pictures, masks=masks)
+    classes = [0, 1, 2, 3]
+    made = generator.sample(4, labels=classes, w=1.0, pictures=pictures, masks=masks)
     again = generator.sample(
-        4, w=1.0, pictures=np.where(masks[..., None] > 0, 7, pictures).astype(np.uint8), masks=masks
+        4, labels=classes, w=1.0, pictures=np.where(masks[..., None] > 0, 7, pictures).astype(np.uint8), masks=masks
     )
     np.testing.assert_array_equal(made.images, again.images)  # what the hole hides is not seen
-    drawn = generator.sample(4, w=1.0, pictures=pictures).images
+    drawn = generator.sample(4, labels=classes, w=1.0, pictures=pictures).images
     np.testing.assert_array_equal(
         drawn[2:3], generator.sample(1, seed=2, labels=[2], w=1.0, pictures=pictures[2:3]).images
     )
     teacher = diffdistill.load(folder.path, "teacher")
-    assert teacher.sample(2, w=1.0, num_steps=2, pictures=pictures[:2]).network_evaluations == 4  # two branches
+    assert (
+        teacher.sample(2, labels=[0, 1], w=1.0, num_steps=2, pictures=pictures[:2]).network_evaluations == 4
+    )  # two branches
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, r"makes images from images: give some"),
+        ({"pictures": np.zeros((2, 8, 8, 1), np.uint8)}, r"say the classes of the pictures \(--labels\)"),
         ({"pictures": np.zeros((1, 8, 8, 1), np.uint8)}, r"need \(2, 8, 8, 1\)"),
         ({"pictures": np.zeros((2, 8, 8, 1), np.uint8), "masks": np.full((2, 8, 8), 0.5)}, "1 where the image"),
         ({"pictures": np.zeros((2, 8, 8, 1), np.uint8), "masks": np.zeros((2, 4, 4))}, r"need \(2, 8, 8\)"),
@@ -141,7 +145,15 @@ def test_pictures_from_files_and_the_pairs_beside_the_samples(opened, tmp_path):
     images.save_npz(tmp_path / "given.npz", source.images[:3])
     images.save_png(tmp_path / "mask.png", np.pad(np.full((4, 4, 1), 255, np.uint8), ((2, 2), (2, 2), (0, 0))))
     said: list[str] = []
-    options = {"seed": 0, "labels": [], "latents": "", "w": 1.0, "extrapolate": False, "num_steps": 1, "sampler": None}
+    options = {
+        "seed": 0,
+        "labels": ["0", "1", "2"],
+        "latents": "",
+        "w": 1.0,
+        "extrapolate": False,
+        "num_steps": 1,
+        "sampler": None,
+    }
     options |= {"out": str(tmp_path / "out"), "num": 0, "quantisation": "", "say": said.append}
     options |= {"pictures": str(tmp_path / "given.npz"), "mask": str(tmp_path / "mask.png")}
     sample_files.to_files(*sample.locate(folder.path), **options)
@@ -149,12 +161,23 @@ def test_pictures_from_files_and_the_pairs_beside_the_samples(opened, tmp_path):
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 100
     masks = np.zeros((3, 8, 8))
     masks[:, 2:6, 2:6] = 1
-    expected = diffdistill.load(folder.path).sample(3, w=1.0, pictures=source.images[:3], masks=masks)
+    expected = diffdistill.load(folder.path).sample(3, labels=[0, 1, 2], w=1.0, pictures=source.images[:3], masks=masks)
     with np.load(tmp_path / "out" / "samples.npz") as written:
         np.testing.assert_array_equal(written["images"], expected.images)
     images.save_png(tmp_path / "small.png", np.zeros((4, 4, 1), np.uint8))
     with pytest.raises(SampleError, match=r"the mask .* is \(4, 4\), but the images are \(8, 8\)"):
         sample_files.to_files(*sample.locate(folder.path), **{**options, "mask": str(tmp_path / "small.png")})
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "message"),
+    [("super_resolution", (6, 6, 3), "shrinks images 4 times"), ("colourisation", (8, 8, 1), "grey already")],
+)
+def test_images_that_a_task_cannot_be_made_of_are_refused(task, shape, message):
+    config = digits.get_config("smoke")
+    config.model.image_condition = task
+    with pytest.raises(ConfigError, match=message):
+        chain.check_data(resolve(config), chain.DataFacts(shape, 10))
 
 
 def test_encoders_of_such_models_are_refused():

@@ -60,6 +60,7 @@ def write(opened, out, **changes) -> list[str]:
         "source_class": "3",
         "target_class": "8",
         "w": 1.0,
+        "extrapolate": False,
         "num": 6,
         "num_steps": None,
         "out": str(out),
@@ -84,7 +85,7 @@ def test_transfers_of_a_run_are_in_its_report(opened):
     evaluation = dataclasses.replace(opened.config.evaluation, transfers=("3 to 8",), guidance=(0.0, 1.0, 4.5))
     folder = dataclasses.replace(opened, config=dataclasses.replace(opened.config, evaluation=evaluation))
     said: list[str] = []
-    transfer_files.evaluate(folder, runner.open_data(folder.config)[0], said.append)
+    transfer_files.evaluate(folder, runner.open_data(folder.config)[0], Interrupt(), said.append)
     record = json.loads((folder.path / "evaluation/transfer/3_to_8.json").read_text())
     assert [(entry["pair"], entry["steps"]) for entry in record["entries"]] == [
         ("distilled", 2),
@@ -100,6 +101,8 @@ def test_transfers_of_a_run_are_in_its_report(opened):
         for each in entry["by_w"]:
             assert 0 <= each["class_accuracy"] <= 1
             assert all(-1 <= each[name] <= 1 for name in ("slant", "thickness"))
+    transfer_files.evaluate(folder, runner.open_data(folder.config)[0], Interrupt(), said.append)
+    assert len(said) == 2  # nothing was made again
     _, page = report.write_report(folder, [])
     text = page.read_text()
     assert "Style transfer 3 to 8" in text
@@ -121,7 +124,9 @@ def test_images_and_models_from_elsewhere(opened, smoke_run, tmp_path):
     [
         ({"encoder": "encoder_07"}, "'encoder_07' of .* is not there or not finished"),
         ({"target_class": "cat"}, "'cat' is no class"),
+        ({"source_class": "10"}, "class 10 is no class"),
         ({"w": 7.0}, "distilled for guidance weights"),
+        ({"decoder": "encoder_00_steps_0002"}, "leads from images to noise"),
     ],
 )
 def test_what_does_not_fit_is_refused(opened, tmp_path, changes, message):

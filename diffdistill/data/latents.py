@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffdistill.data.contract import DataError, Source, array_source, existing
 
 MEMBER = "latents"
+_MOST_CLASSES = 100_000
 
 
 def holds_latents(path: Path) -> bool:
@@ -61,6 +62,10 @@ def open_latents(path: str | Path, split: str, image_size: int | None, channels:
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{path}: labels must be whole numbers, found {labels.dtype}")
     names = arrays.get("class_names")
+    if names is not None and names.ndim != 1:
+        raise DataError(f"{path}: class_names must be a list of names, found shape {names.shape}")
+    if names is None and labels.max(initial=0) >= _MOST_CLASSES:
+        raise DataError(f"{path}: label {labels.max()} would make as many classes; give class_names, or smaller labels")
     if names is None:
         names = range(int(labels.max(initial=0)) + 1) if "labels" in arrays else ("all",)
     return array_source(path.stem, latents.astype(np.float32), labels, tuple(map(str, names)))

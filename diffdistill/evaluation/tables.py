@@ -126,7 +126,8 @@ def row_label(stage: str, num_steps: int, sampler: str | None = None) -> str:
     match = _ROUND.fullmatch(stage)
     if match:
         students = DISTILLED if match[1] == "round" else STOCHASTIC
-        base = students if int(match[2]) == num_steps else stage
+        own = int(match[2]) == num_steps or (students == STOCHASTIC and (int(match[2]), num_steps) == (2, 1))
+        base = students if own else stage
     else:
         base = {"guided": "guided student"}.get(stage, stage)
     return f"{base} ({_SAMPLERS.get(sampler, sampler)})" if sampler else base
