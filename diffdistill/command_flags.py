@@ -60,9 +60,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out",
         "",
-        "sample: folder for samples.png and samples.npz (default <workdir>/samples). transfer: folder for transfer.png and "
-        "transfer.npz (default <workdir>/transfer). statistics: the .npz file to write. table: folder for Markdown, CSV "
-        "and plots. evaluate --images: folder for results.jsonl. benchmark: file to which records are appended.",
+        "sample: folder for samples.png and samples.npz (default <workdir>/samples). transfer: folder for transfer.png "
+        "and transfer.npz (default <workdir>/transfer). statistics: the .npz file. table: folder for Markdown, "
+        "CSV and plots. evaluate --images: folder for results.jsonl. benchmark: file to which records are appended.",
     )
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."

@@ -71,7 +71,7 @@ def test_a_good_command_line_is_accepted(parse):
         ("--config.model.multipliers=(1,", "must be a list of whole numbers, such as (1, 2)."),
         (
             "--config=configs/digits.py:smok",
-            "configs/digits.py has no variant 'smok'; there are 'edm', 'smoke' and 'edm-smoke'.",
+            "configs/digits.py has no variant 'smok'; there are edm, full, separate, single-0, single-1, single-2, ",
         ),
         ("--config=configs/nosuch.py", "cannot be read: No such file or directory: 'configs/nosuch.py'."),
         ("--config=configs", "cannot be read: Is a directory: 'configs'."),

@@ -82,6 +82,7 @@ def opened(tmp_path_factory):
     """A smoke run that fills holes, with its guided student and one round."""
     config = digits.get_config("smoke")
     config.model.image_condition, config.progressive.start_steps = "inpainting", 2
+    config.model.multipliers, config.model.attention_resolutions = (1,), ()
     config.evaluation.num_samples, config.evaluation.guidance, config.evaluation.num_steps = 20, (1.0,), (1,)
     path = tmp_path_factory.mktemp("inpainting") / "run"
     run = runner.prepare(resolve(config), str(path))
