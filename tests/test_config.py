@@ -106,6 +106,19 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
             {"progressive": {"label_dropout": 0.1, "num_updates": 5}, "guided": {"num_updates": 5}},
             ["config.progressive.label_dropout", "w-conditioned"],
         ),
+        ({"encoder": {"label_dropout": 0.1}}, ["config.encoder.label_dropout", "must be 0"]),
+        ({"evaluation": {"transfers": ("3-8",)}}, ["config.evaluation.transfers", "as in '3 to 8'"]),
+        ({"evaluation": {"transfers": ("3 to 8",)}}, ["needs classes, encoder stages and decoder stages"]),
+        (
+            {
+                "evaluation": {"transfers": ("3 to 8",)},
+                "encoder": {"num_updates": 5},
+                "progressive": {"num_updates": 5},
+                "guided": {"num_updates": 5, "w_min": 1.0},
+            },
+            ["encoded without guidance", "w from 1.0 to 4.0"],
+        ),
+        ({"sampling": {"quantisation": "none"}}, ["config.sampling.quantisation is 'none'", "num_samples=0"]),
         ({"teacher": {"noise": "lognorm"}}, ["config.teacher.noise", "'lognormal'", "schedule"]),
         ({"teacher": {"noise_sigma_min": 5.0, "noise_sigma_max": 1.0}}, ["config.teacher.noise_sigma_min", "to 1.0"]),
         ({"sampling": {"solver": "hen"}}, ["config.sampling.solver", "'heun'"]),
@@ -129,6 +142,13 @@ def test_images_that_the_network_cannot_halve_are_refused():
     with pytest.raises(ConfigError, match="multiples of 8"):
         chain.check_data(settings, chain.DataFacts((12, 12, 1), 10))
     chain.check_data(settings, chain.DataFacts((16, 16, 1), 10))
+
+
+def test_transfers_between_classes_that_the_data_lacks_are_refused():
+    settings = digits.get_config("full")
+    settings.evaluation.transfers = ("3 to 99",)
+    with pytest.raises(ConfigError, match="no class '99'; it has 0, 1"):
+        chain.check_data(resolve(settings), chain.DataFacts((8, 8, 1), 10))
 
 
 def test_a_plan_is_the_teacher_the_guided_student_and_the_rounds_in_order():

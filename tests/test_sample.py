@@ -157,6 +157,13 @@ def test_a_weight_outside_the_range_is_sampled_where_it_is_asked_for(student):
         beyond.sample(2, w=float("inf"))
 
 
+def test_a_stochastic_student_is_sampled_as_it_learnt(student):
+    stochastic = dataclasses.replace(student, learnt_sampler="stochastic", sampler="stochastic")
+    assert stochastic.sample(2, num_steps=2).network_evaluations == 2
+    with pytest.raises(SampleError, match="has learnt the steps of 'stochastic'"):
+        stochastic.sample(2, sampler="ddim")
+
+
 def write(path, out, **changes) -> list[str]:
     said: list[str] = []
     settings = {"num": 4, "seed": 0, "labels": [], "latents": "", "w": 0.0, "num_steps": None, "sampler": None}

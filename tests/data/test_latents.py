@@ -14,6 +14,7 @@ from diffdistill.data.latents import open_latents, scaled
 from diffdistill.data.pipeline import Batches, gather, in_memory
 from diffdistill.data.prepare import prepare
 from diffdistill.data.sources import open_source
+from diffdistill.sample import SampleError
 from diffdistill.training.interrupt import Interrupt
 
 SHAPE = (8, 8, 4)
@@ -78,6 +79,8 @@ def test_the_network_sees_them_shifted_and_scaled(file, tmp_path, kind):
         ({"latents": np.zeros((2, *SHAPE), np.float32), "labels": np.array([0.5, 1.0])}, "whole numbers"),
         ({"latents": np.zeros((2, *SHAPE), np.float32), "labels": np.array([0])}, "one label per image"),
         ({"latents": np.array([{}], object)}, "damaged or holds objects"),
+        ({"latents": np.zeros((2, *SHAPE), np.float32), "class_names": np.array("a")}, "must be a list of names"),
+        ({"latents": np.zeros((2, *SHAPE), np.float32), "labels": np.array([0, 10**9])}, "as many classes"),
     ],
 )
 def test_what_is_no_latent_is_refused(tmp_path, arrays, message):
@@ -147,6 +150,13 @@ def test_a_latent_teacher_is_distilled_by_the_same_stages(file, tmp_path):
     assert not (tmp_path / "out" / "samples.png").exists()
     with np.load(tmp_path / "out" / "samples.npz") as written:
         np.testing.assert_array_equal(written["images"], made.images)
+    with pytest.raises(SampleError, match="is for images, but stage guided makes latents"):
+        sample_files.to_files(
+            folder, stage, out=str(tmp_path / "out"), num=4, quantisation="edm", say=said.append, **options
+        )
+    # As another config says, which knows nothing of latents: they are neither clipped nor made into bytes.
+    other = sample.load_from(folder.measured_as(resolve(digits.get_config("smoke"))))
+    np.testing.assert_array_equal(other.sample(4, w=1.0, num_steps=1).images, made.images)
     again = runner.prepare(config, str(tmp_path / "run"))
     runner.train(again, Interrupt(), say=said.append)
     assert "finished before" in said[-1]

@@ -172,6 +172,9 @@ def test_terminal_table_holds_every_number_in_its_place() -> None:
 
 def test_a_halving_student_at_another_step_count_has_its_own_row() -> None:
     assert tables.row_label("round_03_steps_0016", 16) == tables.DISTILLED
+    assert tables.row_label("stochastic_03_steps_0002", 2) == tables.STOCHASTIC
+    assert tables.row_label("stochastic_03_steps_0002", 1) == tables.STOCHASTIC  # which no round is for
+    assert tables.row_label("round_03_steps_0002", 1) == "round_03_steps_0002"
     assert tables.row_label("round_03_steps_0016", 8) == "round_03_steps_0016"
     assert tables.row_label("teacher", 8, "ancestral") == "teacher (ancestral)"
 
