@@ -48,7 +48,7 @@ class ProcessConfig:
 class ModelConfig:
     """The network and what it predicts."""
 
-    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
+    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm | ddpm
     sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
     architecture: str = "unet"  # unet | ddpmpp | ncsnpp | edm_adm
@@ -92,6 +92,11 @@ class OptimizationConfig:
     non_finite: Literal["stop", "replace"] = "stop"  # replace: gradients that are NaN count as 0, as in EDM
     dropout: float = 0.0
     weight: str = "snr_trunc"
+    weight_k: float = 1.0  # of p2: SNR / (k + SNR)^gamma
+    weight_gamma: float = 1.0  # of p2
+    weight_g: float = 0.0  # bound of min_snr, max_snr and soft_min_snr; 0: their own
+    weight_shift: float = 2.0  # of sigmoid
+    weight_normalised: bool = False  # divided by its mean, as a factor on the error of the noise
     stratified_times: bool = False
 
 

@@ -89,6 +89,8 @@ def _check_ranges(config: Config) -> None:
         least(f"{where}.adam_eps", stage.adam_eps, 1e-30)
         least(f"{where}.dropout", stage.dropout, 0.0, 0.999)
         least(f"{where}.ema_decay", stage.ema_decay, 0.0, 0.999999)
+        for field_name in ("weight_k", "weight_gamma", "weight_g"):
+            least(f"{where}.{field_name}", getattr(stage, field_name), 0.0)
     least("config.teacher.augmentation", config.teacher.augmentation, 0.0, 1.0)
     least("config.teacher.label_dropout", config.teacher.label_dropout, 0.0, 0.999)
     for name in HALVINGS:
@@ -141,6 +143,8 @@ def _check_ranges(config: Config) -> None:
             log_snr_max=process.log_snr_max,
             num_train_steps=process.num_train_steps,
         )
+        if table := parameterisation.TABLES.get(config.model.prediction):
+            schedules.get(table, num_train_steps=process.num_train_steps)
     except ValueError as error:
         raise ConfigError(f"config.process: {error}") from error
     sampling = config.sampling
@@ -226,19 +230,20 @@ def _check_halving(config: Config, name: str) -> None:
             "1024 and 1: every round halves the number of steps."
         )
     discrete = config.process.schedule.startswith("discrete")
-    if discrete and config.process.num_train_steps % start:
+    if discrete and config.process.num_train_steps < start:
         raise ConfigError(
-            f"config.process.num_train_steps ({config.process.num_train_steps}) is not a multiple of "
-            f"config.{name}.start_steps ({start}): the times of the sampler would not be times of the teacher."
+            f"config.process.num_train_steps ({config.process.num_train_steps}) is less than "
+            f"config.{name}.start_steps ({start}): a discrete teacher has no more steps than it was trained on."
         )
-    at_noise = float(weighting.get(stage.weight)(config.process.log_snr_min))
+    own = weighting.settings_of(stage.weight, {"k": stage.weight_k, "gamma": stage.weight_gamma})
+    at_noise = float(weighting.get(stage.weight, **own)(config.process.log_snr_min))
     if at_noise < 1e-3 and name != "encoder":  # which is never evaluated at t = 1
         raise ConfigError(
             f"config.{name}.weight={stage.weight!r} is {at_noise:.2g} at t = 1, where every student "
             "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
             "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
         )
-    if config.model.prediction in ("eps", "vp", "ve", "iddpm"):
+    if config.model.prediction in ("eps", "vp", "ve", *parameterisation.TABLES):
         raise ConfigError(
             f"config.model.prediction={config.model.prediction!r} cannot be distilled progressively: the network "
             "predicts the noise, and towards zero signal-to-noise this no longer determines x (Salimans & Ho 2022, "

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from diffdistill.diffusion import process
+from diffdistill.diffusion import process, weighting
 from diffdistill.diffusion.schedules import Schedule
 
 Params = Any
@@ -144,7 +144,11 @@ def labels(key: jax.Array, batch: Mapping[str, jax.Array], num_classes: int, dro
 
 def training_times(key: jax.Array, batch_size: int, schedule: Schedule, *, stratified: bool) -> jax.Array:
     """(B,) times in [0, 1]: uniform, or uniform over n/T, n = 1..T, for a schedule of T discrete steps."""
-    draws = uniform(key, batch_size, stratified=stratified)
+    return times(uniform(key, batch_size, stratified=stratified), schedule)
+
+
+def times(draws: jax.Array, schedule: Schedule) -> jax.Array:
+    """Times of uniform draws in [0, 1), any shape: the draws, or n/T, n = 1..T, for a schedule of T discrete steps."""
     if schedule.num_train_steps is None:
         return draws
     return (jnp.floor(draws * schedule.num_train_steps) + 1.0) / schedule.num_train_steps
@@ -159,18 +163,20 @@ def noised(key: jax.Array, x: jax.Array, log_snr: jax.Array) -> tuple[jax.Array,
 def weighted_loss(
     x_hat: jax.Array, target: jax.Array, log_snr: jax.Array, weight: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, Metrics]:
-    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and the same per log-SNR bin.
+    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and the same per noise level.
 
-    The metrics hold the "loss" and, for LOG_SNR_BINS equal bins of log-SNR in [-20, 20], "loss_by_log_snr": NaN where
-    the batch has no example in a bin.
+    The metrics hold the "loss"; for LOG_SNR_BINS equal bins of log-SNR in [-20, 20] "loss_by_log_snr"; and for the
+    regimes coarse, content and clean-up (weighting.REGIMES) "loss_by_regime". NaN where the batch has no example.
     """
     errors = jnp.mean(jnp.square(x_hat - target), axis=tuple(range(1, x_hat.ndim)))
     losses = weight(log_snr) * errors
     low, high = _LOG_SNR_RANGE
     index = jnp.clip(((log_snr - low) / (high - low) * LOG_SNR_BINS).astype(jnp.int32), 0, LOG_SNR_BINS - 1)
     member = jax.nn.one_hot(index, LOG_SNR_BINS)
+    regimes = jax.nn.one_hot(weighting.regime(log_snr), len(weighting.REGIMES))
     loss = jnp.mean(losses)
     return loss, {
         "loss": loss,
         "loss_by_log_snr": (losses @ member) / jnp.sum(member, axis=0),
+        "loss_by_regime": (losses @ regimes) / jnp.sum(regimes, axis=0),
     }
