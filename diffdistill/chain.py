@@ -149,6 +149,8 @@ def _denoiser(
 ) -> Denoiser:
     table = {"num_train_steps": num_train_steps} if model.prediction in parameterisation.TABLES else {}
     output = parameterisation.get(model.prediction, **_sigma_data(model.prediction, model), **table)
+    if model.learned_variance:
+        output = parameterisation.with_variance(output)
     num_classes = facts.num_classes if model.conditional else 0
     network = architectures.build(
         model.architecture,
@@ -256,6 +258,7 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     common: dict[str, Any] = {"stratified": settings.stratified_times, "parts": settings.parts}
     if isinstance(settings, TeacherConfig):
         common |= {"label_dropout": settings.label_dropout, "noise": noise_of(settings)}
+        common["importance_sampling"] = settings.importance_sampling
         if settings.augmentation:
             common["augment"] = functools.partial(augmentation.augment, probability=settings.augmentation)
         return teacher(denoiser, schedule, weight, updater, **common)

@@ -40,7 +40,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
     flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
     flags.DEFINE_string(
-        "sampler", "", "sample: ddim, ancestral, euler, heun, churn or ablation (default from the config)."
+        "sampler",
+        "",
+        "sample: ddim, ancestral, respaced, respaced_ddim, euler, heun, churn or ablation (default from the config).",
     )
     flags.DEFINE_integer("num", 0, "sample: number of images (default 100, or as many as there are latents).")
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
@@ -74,7 +76,12 @@ def define_flags() -> None:
         "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches. import: whose format the file is "
         "in, edm, guided-diffusion or progressive.",
     )
-    flags.DEFINE_string("output", "", "import --source=progressive: what the network puts out, x or v (default x).")
+    flags.DEFINE_string(
+        "output",
+        "",
+        "import: what the network puts out. progressive: x or v (default x). guided-diffusion: ddpm on the linear "
+        "schedule, iddpm on the cosine one (default by its size).",
+    )
     flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008.")
     flags.DEFINE_string("decoder", "", "transfer: stage that decodes, of this run or the path of another run's.")
     flags.DEFINE_string("source_class", "", "transfer: class of the images, by number or name.")

@@ -69,6 +69,7 @@ class ModelConfig:
     dtype: str = "float32"  # compute type; parameters stay float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
     attention: str = "auto"
+    learned_variance: bool = False  # C more outputs for the variance of a step, trained by the hybrid loss
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class TeacherConfig(OptimizationConfig):
     p_std: float = 1.2
     noise_sigma_min: float = 0.02  # of ve: ln s is uniform between the logarithms of these
     noise_sigma_max: float = 100.0
+    importance_sampling: bool = False  # of the steps of a discrete schedule, by their losses so far
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from diffdistill.diffusion import noise, parameterisation, schedules, weighting
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
 from diffdistill.fields import ConfigError
 from diffdistill.models import architectures, song_unet
-from diffdistill.samplers import SAMPLERS, heun, sigmas
+from diffdistill.samplers import SAMPLERS, heun, respaced, sigmas
 
 STAGES = ("teacher", "guided", "progressive", "stochastic", "encoder")
 HALVINGS = ("progressive", "stochastic", "encoder")
@@ -147,6 +147,7 @@ def _check_ranges(config: Config) -> None:
             schedules.get(table, num_train_steps=process.num_train_steps)
     except ValueError as error:
         raise ConfigError(f"config.process: {error}") from error
+    _check_respaced(config, schedule)
     sampling = config.sampling
     try:
         for name in ("edm", sampling.discretisation):  # whichever sampler the command line then asks for
@@ -154,6 +155,17 @@ def _check_ranges(config: Config) -> None:
             sigmas.DISCRETISATIONS[name].make(low, high, sampling.rho)
     except ValueError as error:
         raise ConfigError(f"config.sampling: {error}.") from error
+
+
+def _check_respaced(config: Config, schedule: schedules.Schedule) -> None:
+    """Refuses respaced samplers that a schedule cannot have before anything is trained."""
+    evaluation, sampling = config.evaluation, config.sampling
+    for name in evaluation.samplers or (sampling.sampler,):
+        for steps in evaluation.num_steps if name in respaced.INDICES else ():
+            try:
+                respaced.check(name, schedule, steps)
+            except ValueError as error:
+                raise ConfigError(f"config.evaluation.num_steps: {error}.") from error
 
 
 def _check_combinations(config: Config) -> None:
@@ -174,6 +186,16 @@ def _check_combinations(config: Config) -> None:
             f"{model.augmentation_features}: the network has to be told what was done to its images. Set "
             f"augmentation_features={AUGMENTATION_FEATURES} with an architecture that takes it, or augmentation=0."
         )
+    for name, wanted in (
+        ("model.learned_variance", model.learned_variance),
+        ("teacher.importance_sampling", config.teacher.importance_sampling),
+    ):
+        if wanted and (not config.process.schedule.startswith("discrete") or config.teacher.noise != "schedule"):
+            raise ConfigError(
+                f"config.{name} needs the steps of a discrete schedule, drawn at random, but config.process.schedule "
+                f"is {config.process.schedule!r} and config.teacher.noise {config.teacher.noise!r}. Set them to "
+                "discrete_linear or discrete_cosine and to schedule."
+            )
     if guided.num_updates:
         if not model.conditional:
             raise ConfigError(

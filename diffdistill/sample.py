@@ -25,6 +25,7 @@ from diffdistill.diffusion.schedules import Schedule
 from diffdistill.evaluation import protocols
 from diffdistill.evaluation.stream import Chunk
 from diffdistill.models.denoiser import Condition, Denoiser, guided
+from diffdistill.samplers import respaced
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir
 
@@ -141,7 +142,8 @@ class Generator:
         self._check(num, seed, w, num_steps, sampler, latents)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
         chosen = self._labels(seeds, labels)
-        run = self._compiled(sampler, two_branches=self._two_branches(w))
+        fixed_steps = num_steps if sampler in samplers.FIXED_STEPS else None
+        run = self._compiled(sampler, two_branches=self._two_branches(w), fixed_steps=fixed_steps)
         mesh = meshes.make_mesh()
         chunk = self.chunk_size(num)
         for start in range(first, num, chunk):
@@ -165,7 +167,10 @@ class Generator:
 
     def settings_text(self, sampler: str) -> str:
         """What samples of one seed depend on besides steps, sampler and w, in words."""
-        own = [f"{name} {value}" for name, value in samplers.settings_of(sampler, self.settings).items()]
+        settings = samplers.settings_of(sampler, self.settings)
+        if self.denoiser.parameterisation.learned_variance and sampler in samplers.LEARNED_VARIANCE:
+            settings["variance_fraction"] = "learned"
+        own = [f"{name} {value}" for name, value in settings.items()]
         return ", ".join(["clip" if self.clip else "no clip", *own, f"{self.quantisation} quantisation"])
 
     def _two_branches(self, w: float) -> bool:
@@ -182,6 +187,11 @@ class Generator:
             raise SampleError(f"num_steps is {num_steps}; give a number of at least 1.")
         if sampler not in samplers.SAMPLERS:
             raise SampleError(f"sampler is {sampler!r}; known are {', '.join(samplers.SAMPLERS)}.")
+        if sampler in samplers.FIXED_STEPS:
+            try:
+                respaced.check(sampler, self.schedule, num_steps)
+            except ValueError as error:
+                raise SampleError(f"stage {self.name}: {error}.") from error
         if not math.isfinite(w):
             raise SampleError(f"w is {w}; give a finite guidance weight (0 is no guidance).")
         if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
@@ -229,7 +239,7 @@ class Generator:
             f"{names}{', ...' if len(self.class_names) > 20 else ''}."
         )
 
-    def _compiled(self, sampler: str, *, two_branches: bool) -> Callable[..., jax.Array]:
+    def _compiled(self, sampler: str, *, two_branches: bool, fixed_steps: int | None) -> Callable[..., jax.Array]:
         return _compiled(
             self.denoiser,
             self.schedule,
@@ -239,6 +249,7 @@ class Generator:
             self.quantisation,
             two_branches,
             self.guidance_range is not None,
+            fixed_steps,
         )
 
 
@@ -252,9 +263,12 @@ def _compiled(
     quantisation: str,
     two_branches: bool,
     takes_guidance: bool,
+    fixed_steps: int | None,
 ) -> Callable[..., jax.Array]:
-    """One compiled program for every stage with these networks, every number of steps and every w."""
+    """One compiled program for every stage with these networks, every w, and every number of steps but for samplers
+    that need to know it (fixed_steps)."""
     model = guided(denoiser) if two_branches else denoiser
+    with_variance = denoiser.parameterisation.learned_variance and sampler in samplers.LEARNED_VARIANCE
     mesh = meshes.make_mesh()
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
@@ -274,11 +288,16 @@ def _compiled(
             label=labels if denoiser.num_classes else None,
             guidance=jnp.full(seeds.shape, w) if two_branches or takes_guidance else None,
         )
+
+        def denoise(z: jax.Array, log_snr: jax.Array) -> Any:
+            predicted = model.predict(params, z, log_snr, condition)
+            return (predicted.x, predicted.variance_fraction) if with_variance else predicted.x
+
         x = samplers.get(sampler)(
-            lambda z, log_snr: model(params, z, log_snr, condition),
+            denoise,
             latents,
             schedule,
-            num_steps,
+            num_steps if fixed_steps is None else fixed_steps,
             keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             clip=clip,
             **dict(settings),

@@ -53,6 +53,8 @@ class Parameterisation:
     network_time(log_snr): its time input, shape of log_snr.
     to_x(output, z, log_snr): x_hat, shape of z, from the output (B, H, W, output_channels(C)).
     target(x, eps, log_snr): the output that makes to_x return x, for z = alpha x + sigma eps.
+    learned_variance: whether C more channels at the end hold the variance of a step (see `with_variance`); to_x and
+      target leave them out.
     """
 
     name: str
@@ -61,6 +63,21 @@ class Parameterisation:
     network_time: Callable[[ArrayLike], Array]
     to_x: Callable[[Array, Array, ArrayLike], Array]
     target: Callable[[Array, Array, ArrayLike], Array]
+    learned_variance: bool = False
+
+
+def with_variance(parameters: Parameterisation) -> Parameterisation:
+    """Returns `parameters` for a network that learns the variance of its steps too (Nichol & Dhariwal 2021)."""
+
+    def to_x(output: Array, z: Array, log_snr: ArrayLike) -> Array:
+        return parameters.to_x(output[..., : -z.shape[-1]], z, log_snr)
+
+    return dataclasses.replace(
+        parameters,
+        output_channels=lambda channels: parameters.output_channels(channels) + channels,
+        to_x=to_x,
+        learned_variance=True,
+    )
 
 
 def _same_channels(channels: int) -> int:
