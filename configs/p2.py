@@ -11,7 +11,7 @@ The same comparison on small images, trained in minutes to hours: digits-<schedu
 fashion-<schedule>-<gamma> (16x16, with --config.data.path=FOLDER of the IDX files). results/p2_table.py runs all of
 them. digits-chain-<gamma> trains a discrete teacher of v with the P2 weight and halves it down to one step.
 
-The number of updates is not published per set; 2,400,000 of 8 images are about 19 million, as the figures show.
+How long each published model was trained is not known here: 2,400,000 updates of 8 images are a choice.
 """
 
 from typing import Any

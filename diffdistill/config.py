@@ -195,6 +195,7 @@ class EvaluationConfig:
     guidance: tuple[float, ...] = (0.0, 1.0, 4.0)
     seeds: tuple[int, ...] = ()  # numbers of the first image, one measurement each; empty: a million times the seed
     grid_columns: int = 10
+    bits_images: int = 0  # of the data, whose bits per dimension by a discrete teacher are computed, all steps of it
     # The rest concerns inception features.
     protocol: str = "tf"  # tf | pytorch-fid | clean: how images are resized
     reference: str = ""  # file of reference statistics; empty: computed from the run's data

@@ -111,6 +111,7 @@ def _check_ranges(config: Config) -> None:
     least("config.model.sigma_data", config.model.sigma_data, 1e-12)
     least("config.evaluation.num_samples", config.evaluation.num_samples, 0)
     least("config.evaluation.reference_images", config.evaluation.reference_images, 0)
+    least("config.evaluation.bits_images", config.evaluation.bits_images, 0)
     least("config.evaluation.reservoir", config.evaluation.reservoir, 2)
     for index, seed in enumerate(config.evaluation.seeds):
         least(f"config.evaluation.seeds[{index}]", seed, 0, 2**31 - 1 - config.evaluation.num_samples)

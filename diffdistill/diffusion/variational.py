@@ -28,11 +28,12 @@ def step_divergence(x: Array, x_hat: Array, fraction: ArrayLike, log_snr_t: Arra
     With d = log(sigma_t^2 / sigma_s^2) >= 0 it is (f d + expm1(-f d) + exp(-f d) (SNR_s - SNR_t) (x - x_hat)^2) / 2:
     nothing large is subtracted, and at fraction f = 0 it is the term of Kingma et al. 2021.
     """
+    log_snr_t, log_snr_s = jnp.asarray(log_snr_t, dtype=float), jnp.asarray(log_snr_s, dtype=float)
     d = expand(jax.nn.log_sigmoid(-log_snr_t) - jax.nn.log_sigmoid(-log_snr_s), x)
     gained = jnp.exp(log_snr_s) * -jnp.expm1(log_snr_t - log_snr_s)
-    wider = fraction * d
-    divergence = wider + jnp.expm1(-wider) + jnp.exp(-wider) * expand(gained, x) * jnp.square(x - x_hat)
-    return _mean(0.5 * divergence)
+    wider = jnp.asarray(fraction, dtype=float) * d
+    missed = expand(gained, x) * jnp.square(x - x_hat)
+    return 0.5 * _mean(wider + jnp.expm1(-wider) + jnp.exp(-wider) * missed)
 
 
 def first_log_variance(fraction: ArrayLike, log_snr_first: Array, log_snr_second: Array, like: Array) -> Array:
@@ -40,6 +41,7 @@ def first_log_variance(fraction: ArrayLike, log_snr_first: Array, log_snr_second
 
     log_snr_first and log_snr_second are the two cleanest noise levels (Nichol & Dhariwal 2021, section 3.1).
     """
+    log_snr_first, log_snr_second = (jnp.asarray(each, dtype=float) for each in (log_snr_first, log_snr_second))
     narrower = expand(log1mexp(log_snr_first - log_snr_second), like)
     return expand(jax.nn.log_sigmoid(-log_snr_first), like) + (1.0 - fraction) * narrower
 

@@ -19,7 +19,9 @@ from diffdistill.diffusion.schedules import Schedule
 Params = Any
 State = Any
 Metrics = dict[str, jax.Array]
-Loss = Callable[[Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]]
+Loss = Callable[
+    [Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, jax.Array]], tuple[jax.Array, dict[str, Any]]
+]
 
 RECORD = "record"
 """The entry of a loss's metrics that is no metric, but what its Memory is to keep."""

@@ -67,7 +67,7 @@ def teacher(
 
     def loss(
         params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, base.Metrics]:
+    ) -> tuple[jax.Array, dict[str, Any]]:
         del arguments
         random = base.streams(key)
         x = base.images(batch)
@@ -84,10 +84,11 @@ def teacher(
         if learned_variance:
             bits = hybrid.bits(prediction, x, step, schedule)
             losses = losses + hybrid.weight(schedule) * bits
-            metrics["bits_per_dim"] = jnp.mean(factor * bits) * schedule.num_train_steps
+            metrics["bits_per_dim"] = jnp.mean(factor * bits) * (schedule.num_train_steps or 0)
         metrics["loss"] = jnp.mean(factor * losses)
         if importance_sampling:
-            metrics[base.RECORD] = {"index": step - 1, "losses": jax.lax.stop_gradient(losses)}
+            remembered = {"index": step - 1, "losses": jax.lax.stop_gradient(losses)}
+            return metrics["loss"], {**metrics, base.RECORD: remembered}
         return metrics["loss"], metrics
 
     memory = None

@@ -133,7 +133,7 @@ class Updater:
             decay = ema_decay(self.optimization, step)
             ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
         metrics = {"gradient_norm": optax.tree.norm(grads).astype(jnp.float32), "learning_rate": rate}
-        return state.replace(step=step, params=params, ema=ema, optimizer=optimizer), metrics
+        return dataclasses.replace(state, step=step, params=params, ema=ema, optimizer=optimizer), metrics
 
     def averaged(self, state: TrainState) -> Params:
         """The moving average where there is one, otherwise the parameters."""
