@@ -30,21 +30,30 @@ def define_flags() -> None:
         "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
         "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
         "how fast the teacher trains here. transfer: images of one class become another (--encoder, --decoder, "
-        "--source_class, --labels).",
+        "--source_class, --labels). analyse: what is learnt at which signal-to-noise ratio (Choi et al. 2022): weights "
+        "of the config, distances of its noised images and, of a run, images sampled back from noise.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
     )
     flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
     flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
-    flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
+    flags.DEFINE_integer(
+        "steps",
+        0,
+        "sample: sampler steps (default what the stage was trained for). analyse: back from any noise (default 100).",
+    )
     flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
     flags.DEFINE_string(
         "sampler",
         "",
         "sample: ddim, ancestral, respaced, respaced_ddim, euler, heun, churn or ablation (default from the config).",
     )
-    flags.DEFINE_integer("num", 0, "sample: number of images (default 100, or as many as there are latents).")
+    flags.DEFINE_integer(
+        "num",
+        0,
+        "sample: number of images (default 100, or as many as there are latents). analyse: images shown (default 8).",
+    )
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
     flags.DEFINE_list(
         "labels",
@@ -85,6 +94,9 @@ def define_flags() -> None:
     flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008.")
     flags.DEFINE_string("decoder", "", "transfer: stage that decodes, of this run or the path of another run's.")
     flags.DEFINE_string("source_class", "", "transfer: class of the images, by number or name.")
+    flags.DEFINE_string(
+        "lpips", "", "analyse: file of torch.save(lpips.LPIPS(...).state_dict()); default: features of a classifier."
+    )
     flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
     flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")

@@ -38,9 +38,11 @@ def test_every_row_is_a_teacher_with_its_weight(row):
     assert sum(stage.num_updates for stage in chain.plan(config(row + "-smoke"))) <= 24
 
 
-@pytest.mark.parametrize("name", p2.DATASETS)
-def test_the_published_network_and_training(name):
-    found = config(f"{name}-linear-0.5")
+def test_the_published_network_and_training():
+    found = config("ffhq-linear-0.5")
+    for name in p2.DATASETS[1:]:
+        other = config(f"{name}-linear-0.5")
+        assert (other.model, other.teacher, other.process) == (found.model, found.teacher, found.process)
     facts = chain.DataFacts(found.data.image_shape, found.data.num_classes)
     denoiser = chain.denoiser_of(found, chain.plan(found)[0], facts)
     assert denoiser.network.output_channels == 6
@@ -95,7 +97,7 @@ def test_a_resumed_run_with_importance_sampling_ends_with_the_same_bits(trained,
     interrupt.request("SIGTERM")  # as if a signal had come before the first update was done
     with pytest.raises(Interrupted) as stop:
         runner.train(run, interrupt, say=lambda text: None)
-    assert "after 2 of 6" in str(stop.value)
+    assert "update 2 of 6" in str(stop.value)
     runner.train(run, Interrupt(), say=lambda text: None)
     states = [final_state(each) for each in (trained, run)]
     assert int(states[0].memory["counts"].sum()) == 6 * 16
@@ -113,6 +115,6 @@ def final_state(run: runner.Run):
 
 def test_a_learned_variance_needs_the_steps_of_a_schedule():
     settings = p2.get_config("digits-linear-1")
-    settings.process.schedule = "cosine"
+    settings.process.schedule, settings.evaluation.samplers = "cosine", ("ddim",)
     with pytest.raises(ConfigError, match=r"config.model.learned_variance needs the steps of a discrete schedule"):
         resolve(settings)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from diffdistill.diffusion.process import alpha, expand, log1mexp
+from diffdistill.diffusion.process import expand, log1mexp
 
 BITS_PER_NAT = 1.0 / math.log(2.0)
 _HALF_BIN = 1.0 / 255.0  # bytes lie 2/255 apart in [-1, 1]
@@ -60,12 +60,11 @@ def decoder(x: Array, x_hat: Array, log_variance: Array) -> Array:
 
 
 def prior(x: Array, log_snr: ArrayLike) -> Array:
-    """Returns KL(q(z_T | x) || N(0, 1)) at the noisiest level, a scalar."""
+    """Returns KL(q(z_T | x) || N(0, 1)), (B,), at the noisiest level, a scalar log-SNR."""
     log_snr = jnp.asarray(log_snr, dtype=float)
-    variance = jax.nn.sigmoid(-log_snr)
-    # -1 - log s + s of s = sigma^2 near 1, where 1 - s = alpha^2.
-    kept = jnp.square(alpha(log_snr))
-    return _mean(0.5 * (-jnp.log(variance) - kept + kept * jnp.square(x)))
+    # -1 - log(sigma^2) + sigma^2 with 1 - sigma^2 = alpha^2: sigma is too near 1 for a logarithm of it.
+    kept = jax.nn.sigmoid(log_snr)
+    return _mean(0.5 * (jax.nn.softplus(log_snr) - kept + kept * jnp.square(x)))
 
 
 def term(
