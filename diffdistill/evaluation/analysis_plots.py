@@ -55,7 +55,7 @@ def weights_plot(
     ):
         for colour, (label, values) in zip(_COLOURS, weights.items(), strict=False):
             axes.plot(snr, values, color=colour, linewidth=1.6, label=label)
-        axes.set_title(title, fontsize=9, color=theme.text, loc="left")
+        axes.set_title(title, fontsize=9, color=theme.text, loc="left", pad=14)  # above the names of the regimes
         axes.set_ylim(bottom=0)
         _snr_axis(axes, theme)
     for axes in panels:
@@ -64,16 +64,17 @@ def weights_plot(
 
 
 def _snr_axis(axes: Any, theme: Theme) -> None:
-    """A logarithmic axis of SNR with the regimes marked."""
+    """A logarithmic axis of SNR with the regimes marked and named above."""
     axes.set_xscale("log")
     axes.set_xlabel("signal-to-noise ratio", fontsize=9)
     low, high = axes.get_xlim()
     edges = [low, *_BOUNDS, high]
     for bound in _BOUNDS:
-        axes.axvline(bound, color=theme.faint, linewidth=1.2, zorder=0)
+        axes.axvline(bound, color=theme.text, alpha=0.5, linewidth=0.8, linestyle=":")
     for name, start, end in zip(_NAMES, edges[:-1], edges[1:], strict=True):
         if low <= start < end <= high:
             middle = np.sqrt(start * end)
             place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 7}
-            axes.text(middle, 0.01, name, color=theme.text, alpha=0.7, **place)
+            axes.text(middle, 1.0, name, color=theme.text, alpha=0.7, **place)
     axes.set_xlim(low, high)
+    axes.minorticks_off()
