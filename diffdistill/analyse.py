@@ -31,7 +31,7 @@ from diffdistill.evaluation import analysis_plots, protocols
 from diffdistill.evaluation import images as grids
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.methods import base
-from diffdistill.models.denoiser import Condition
+from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.sample import Generator
 from diffdistill.samplers import ancestral
 
@@ -108,13 +108,18 @@ def reconstruct(
     """
     start = np.float32(time_of(generator.schedule, float(np.log(snr))))
     fraction = float(generator.settings.get("variance_fraction", 0.0))
-    run = _reconstruction(generator.denoiser, generator.schedule, generator.clip, fraction, num_steps)
+    variance = None if generator.learned_variance else fraction
+    run = _reconstruction(generator.denoiser, generator.schedule, generator.clip, variance, num_steps)
     found = run(generator.params, images, labels.astype(np.int32), start, np.int32(seed))
     return np.asarray(protocols.quantise(found, "edm"))
 
 
 @functools.lru_cache(maxsize=4)
-def _reconstruction(denoiser: Any, schedule: Schedule, clip: bool, variance_fraction: float, num_steps: int) -> Any:
+def _reconstruction(
+    denoiser: Denoiser, schedule: Schedule, clip: bool, variance_fraction: float | None, num_steps: int
+) -> Any:
+    """(params, images, labels, start, seed) -> images; a variance_fraction of None stands for the learned one."""
+
     @jax.jit
     def run(params: Any, images: jax.Array, labels: jax.Array, start: jax.Array, seed: jax.Array) -> jax.Array:
         x = images.astype(jnp.float32) / 127.5 - 1.0
@@ -125,13 +130,13 @@ def _reconstruction(denoiser: Any, schedule: Schedule, clip: bool, variance_frac
 
         def denoise(z: jax.Array, log_snr: jax.Array) -> Any:
             found = denoiser.predict(params, z, log_snr, condition)
-            return found.x if found.variance_fraction is None else (found.x, found.variance_fraction)
+            return (found.x, found.variance_fraction) if variance_fraction is None else found.x
 
         # The same schedule from its clean end to `start`, which the sampler takes for the whole.
         rest = dataclasses.replace(schedule, log_snr=lambda t: schedule.log_snr(t * start))
         image_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
         return ancestral.sample(
-            denoise, z, rest, num_steps, keys=image_keys, clip=clip, variance_fraction=variance_fraction
+            denoise, z, rest, num_steps, keys=image_keys, clip=clip, variance_fraction=variance_fraction or 0.0
         )
 
     return run

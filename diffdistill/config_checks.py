@@ -161,8 +161,11 @@ def _check_ranges(config: Config) -> None:
 def _check_respaced(config: Config, schedule: schedules.Schedule) -> None:
     """Refuses respaced samplers that a schedule cannot have before anything is trained."""
     evaluation, sampling = config.evaluation, config.sampling
+    # Domain features measure the teacher at the length of its chain, too.
+    chains = [getattr(config, name) for name in HALVINGS] if evaluation.features == "domain" else []
+    asked = (*evaluation.num_steps, *(halving.start_steps for halving in chains if halving.num_updates))
     for name in evaluation.samplers or (sampling.sampler,):
-        for steps in evaluation.num_steps if name in respaced.INDICES else ():
+        for steps in asked if name in respaced.INDICES else ():
             try:
                 respaced.check(name, schedule, steps)
             except ValueError as error:

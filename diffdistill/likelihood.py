@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffdistill import chain
+from diffdistill.config import Config
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
 from diffdistill.diffusion import process, variational
@@ -112,7 +113,7 @@ def chosen(source: Source, count: int) -> tuple[np.ndarray, np.ndarray]:
     return batch["image"], batch["label"]
 
 
-def wanted(config: Any, stage: chain.Stage) -> bool:
+def wanted(config: Config, stage: chain.Stage) -> bool:
     """Whether the evaluation of a config is to measure the bound of a stage: teachers of a discrete schedule alone."""
     discrete = config.process.schedule.startswith("discrete")
     return bool(config.evaluation.bits_images and discrete and stage.method == "teacher")

@@ -58,6 +58,8 @@ class Generator:
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
       sampler, clip, quantisation, batch_size: defaults of `sample`.
+      learned_variance: whether its steps have the variance that its network says. Not so of students, which learn from
+        their teacher's x_hat alone.
       is_encoder: whether it was distilled to go from images to noise; such a model cannot be sampled.
       settings: settings of samplers by name, for all of them together (samplers.settings_of finds each its own).
     """
@@ -76,6 +78,7 @@ class Generator:
     batch_size: int = 250
     class_names: tuple[str, ...] = ()
     is_encoder: bool = False
+    learned_variance: bool = False
 
     def sample(
         self,
@@ -168,7 +171,7 @@ class Generator:
     def settings_text(self, sampler: str) -> str:
         """What samples of one seed depend on besides steps, sampler and w, in words."""
         settings = samplers.settings_of(sampler, self.settings)
-        if self.denoiser.parameterisation.learned_variance and sampler in samplers.LEARNED_VARIANCE:
+        if self.learned_variance and sampler in samplers.LEARNED_VARIANCE:
             settings["variance_fraction"] = "learned"
         own = [f"{name} {value}" for name, value in settings.items()]
         return ", ".join(["clip" if self.clip else "no clip", *own, f"{self.quantisation} quantisation"])
@@ -249,6 +252,7 @@ class Generator:
             self.quantisation,
             two_branches,
             self.guidance_range is not None,
+            self.learned_variance and sampler in samplers.LEARNED_VARIANCE,
             fixed_steps,
         )
 
@@ -263,12 +267,14 @@ def _compiled(
     quantisation: str,
     two_branches: bool,
     takes_guidance: bool,
+    with_variance: bool,
     fixed_steps: int | None,
 ) -> Callable[..., jax.Array]:
-    """One compiled program for every stage with these networks, every w, and every number of steps but for samplers
-    that need to know it (fixed_steps)."""
+    """One compiled program for every stage with these networks, every w and every number of steps.
+
+    fixed_steps: the number of steps of a sampler that needs a plain one; None for any other.
+    """
     model = guided(denoiser) if two_branches else denoiser
-    with_variance = denoiser.parameterisation.learned_variance and sampler in samplers.LEARNED_VARIANCE
     mesh = meshes.make_mesh()
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
@@ -368,4 +374,5 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,
         is_encoder=stage.method == "encoder",
+        learned_variance=config.model.learned_variance and stage.method == "teacher",
     )

@@ -73,6 +73,7 @@ def test_a_reconstruction_starts_at_its_noise_level(schedule):
         schedule=chosen,
         clip=True,
         settings={},
+        learned_variance=False,
     )
     found = analyse.reconstruct(generator, Two.images, Two.labels, 0.1, num_steps=3)
     np.testing.assert_array_equal(found, 191)  # 127.5 x 0.5 + 128, whatever the image was

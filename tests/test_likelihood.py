@@ -1,6 +1,5 @@
 """Bits per dimension: the bound by its terms, and what a perfect and an ignorant model of bytes need."""
 
-import functools
 import types
 
 import jax.numpy as jnp
@@ -8,13 +7,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import p2
-from diffdistill import evaluate, likelihood, runner
-from diffdistill.config import resolve
+from diffdistill import likelihood
 from diffdistill.diffusion import parameterisation, schedules, variational
-from diffdistill.evaluation import results
 from diffdistill.models.denoiser import Denoiser
-from diffdistill.training.interrupt import Interrupt
 
 STEPS = 60
 
@@ -84,18 +79,3 @@ def test_clipping_is_that_of_sampling():
 def test_a_continuous_schedule_is_refused():
     with pytest.raises(ValueError, match="'cosine' has none"):
         likelihood.bound(model(0.0, schedules.get("cosine")), np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1))
-
-
-def test_the_evaluation_writes_it_once(tmp_path):
-    settings = p2.get_config("digits-linear-1-smoke")
-    settings.process.num_train_steps, settings.evaluation.bits_images = 50, 8
-    run = runner.prepare(resolve(settings), str(tmp_path))
-    runner.train(run, Interrupt(), say=lambda text: None)
-    stages = list(runner.finished(run.workdir))
-    write = functools.partial(evaluate._measure_bits, run.workdir, run.source, stages)
-    write()
-    write()
-    (record,) = results.read(tmp_path / evaluate.RESULTS)
-    assert (record["metric"], record["num_steps"], record["num_samples"]) == ("bits_per_dim", 50, 8)
-    assert 0 < record["value"] < 100
-    assert "variance_fraction learned" in record["protocol"]

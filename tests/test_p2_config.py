@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import p2
-from diffdistill import chain, runner
+from diffdistill import chain, evaluate, runner
 from diffdistill.config import Config, ConfigError, resolve
+from diffdistill.evaluation import results
 from diffdistill.sample import SampleError, load_from
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
@@ -80,6 +81,7 @@ def test_the_smoke_variant_trains_and_samples_with_its_own_variance(trained):
     assert np.isfinite([line["bits_per_dim"] for line in lines]).all()
     assert all(len(line["loss_by_regime"]) == 3 for line in lines)
     generator = load_from(trained.workdir)
+    assert generator.learned_variance
     assert "variance_fraction learned" in generator.settings_text("respaced")
     images = {name: generator.sample(4, num_steps=5, sampler=name).images for name in ("respaced", "respaced_ddim")}
     assert all(image.dtype == np.uint8 for image in images.values())
@@ -111,6 +113,17 @@ def final_state(run: runner.Run):
     method = chain.method_of(run.config, stage, run.facts)
     like = meshes.abstract(run.mesh, jax.eval_shape(method.init, jax.random.key(0), {}))
     return StageCheckpoints(run.workdir.stage(stage.name), read_only=True).restore(like)[0]
+
+
+def test_the_evaluation_writes_bits_per_dimension_once(trained):
+    evaluation = dataclasses.replace(trained.config.evaluation, bits_images=8)
+    folder = trained.workdir.measured_as(dataclasses.replace(trained.config, evaluation=evaluation))
+    for _ in range(2):
+        evaluate._measure_bits(folder, trained.source, trained.stages)
+    (record,) = results.read(folder.path / evaluate.RESULTS)
+    assert (record["metric"], record["num_steps"], record["num_samples"]) == ("bits_per_dim", 50, 8)
+    assert 0 < record["value"] < 100
+    assert "variance_fraction learned" in record["protocol"]
 
 
 def test_a_learned_variance_needs_the_steps_of_a_schedule():

@@ -126,10 +126,10 @@ def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
             return jax.tree.map(lambda t, g: t + g / parts, total, grads), metrics
 
         total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(parts))
-        records = {name: metrics.pop(name) for name in (RECORD,) if name in metrics}
-        records = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), records)
+        record = {RECORD: metrics.pop(RECORD)} if RECORD in metrics else {}
+        record = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), record)
         # NaN marks what one part has no example of.
-        return total, records | jax.tree.map(
+        return total, record | jax.tree.map(
             lambda rows: jnp.nanmean(rows, axis=0) if rows.ndim > 1 else rows.mean(0), metrics
         )
 

@@ -132,6 +132,10 @@ def test_what_has_no_steps_to_choose_from_is_refused(start):
     settings.evaluation.samplers, settings.evaluation.num_steps = ("respaced_ddim",), (300,)
     with pytest.raises(ConfigError, match=r"config.evaluation.num_steps.*the nearest is 334"):
         resolve(settings)
+    settings.evaluation.num_steps, settings.progressive.num_updates = (250,), 1
+    settings.progressive.start_steps = 512
+    with pytest.raises(ConfigError, match=r"num_steps=512: no whole stride"):
+        resolve(settings)
 
 
 def test_guidance_takes_the_variance_of_the_conditional_branch():
