@@ -62,6 +62,17 @@ def drawn():
     return x, eps, eps + 0.2 * error, v
 
 
+def with_gradients(function):
+    """(values, gradients of their sum by the arguments) of a function, compiled whole."""
+
+    @jax.jit
+    def run(*arguments):
+        values, pull = jax.vjp(function, *arguments)
+        return values, pull(jnp.ones_like(values))
+
+    return run
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_bound_is_the_reference_in_value_and_gradient(name, drawn):
     x, eps, eps_hat, v = drawn
@@ -74,8 +85,7 @@ def test_the_bound_is_the_reference_in_value_and_gradient(name, drawn):
             x_hat = parameterisation.x_from_eps(eps_hat, z, log_snr)
             return hybrid.bits(Prediction(x_hat, 0.5 * (v + 1)), jnp.asarray(x), step, schedule)
 
-        found, pull = jax.vjp(bits, jnp.asarray(v), jnp.asarray(eps_hat))
-        by_v, by_eps = pull(jnp.ones_like(found))
+        found, (by_v, by_eps) = with_gradients(bits)(jnp.asarray(v), jnp.asarray(eps_hat))
     z = np.asarray(z)
     expected = [reference(name, i, x[i], z[i], eps_hat[i], v[i]) for i in range(STEPS)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -103,29 +113,31 @@ def test_float32_gives_the_same_bound_and_finite_gradients(name, drawn):
         x_hat = parameterisation.x_from_eps(eps_hat, z, log_snr)
         return hybrid.bits(Prediction(x_hat, 0.5 * (v + 1)), x, step, schedule)
 
-    found, pull = jax.vjp(bits, v, eps_hat)
+    run = with_gradients(bits)
+    found, (by_v, _) = run(v, eps_hat)
     expected = [reference(name, i, *(np.float64(value[i]) for value in (x, z, eps_hat, v))) for i in range(STEPS)]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    assert np.isfinite(pull(jnp.ones_like(found))[0]).all()
+    assert np.isfinite(by_v).all()
     # A network that is wrong by far at the noisy end: x_hat is huge there, the gradient is a number.
-    assert np.isfinite(jax.vjp(bits, v, 50 * eps_hat)[1](jnp.ones_like(found))[0]).all()
+    assert np.isfinite(run(v, 50 * eps_hat)[1][0]).all()
 
 
 def test_at_the_posteriors_variance_the_bound_is_the_weighted_error():
     """f = 0: (SNR_s - SNR_t) (x - x_hat)^2 / 2, which no variance beats where x_hat is right."""
     x, x_hat = jax.random.normal(jax.random.key(0), (2, 3, 2, 2, 1))
     t, s = jnp.array([-2.0, 0.0, 3.0]), jnp.array([-1.5, 0.5, 3.2])
-    found = variational.step_divergence(x, x_hat, 0.0, t, s)
+    divergence = jax.jit(variational.step_divergence)
+    found = divergence(x, x_hat, 0.0, t, s)
     error = jnp.mean(jnp.square(x - x_hat), axis=(1, 2, 3))
     np.testing.assert_allclose(found, 0.5 * (jnp.exp(s) - jnp.exp(t)) * error, rtol=1e-5)
-    np.testing.assert_allclose(variational.step_divergence(x, x, 0.0, t, s), 0.0, atol=1e-7)
-    assert (variational.step_divergence(x, x, 0.3, t, s) > 0).all()
+    np.testing.assert_allclose(divergence(x, x, 0.0, t, s), 0.0, atol=1e-7)
+    assert (divergence(x, x, 0.3, t, s) > 0).all()
 
 
 def test_the_decoder_gives_all_bytes_a_probability_of_one_together():
     values = jnp.arange(256.0).reshape(-1, 1, 1, 1) / 127.5 - 1
     for centre, log_variance in ((0.0, -3.0), (0.9, -9.0), (-1.2, 0.0)):
-        nats = variational.decoder(values, jnp.full_like(values, centre), jnp.full_like(values, log_variance))
+        nats = jax.jit(variational.decoder)(values, jnp.full_like(values, centre), jnp.full_like(values, log_variance))
         assert float(jnp.exp(-nats).sum()) == pytest.approx(1.0, abs=1e-5)
 
 
@@ -156,13 +168,15 @@ def test_the_loss_is_the_weighted_error_plus_the_bound():
     schedule, key = SCHEDULES["discrete_cosine"], jax.random.key(2)
     method = flat(schedule)
     state = method.init(jax.random.key(0), {})
-    _, metrics = method.step(state, {}, batch(), key, ARGUMENTS)
+    _, metrics = jax.jit(method.step)(state, {}, batch(), key, ARGUMENTS)
     random = base.streams(key)
     times = base.training_times(random["time"], 8, schedule, stratified=False)
     log_snr, x = schedule.log_snr(times), batch()["image"]
     z, eps = base.noised(random["noise"], x, log_snr)
     prediction = Prediction(parameterisation.x_from_eps(jnp.full_like(z, 0.3), z, log_snr), jnp.full_like(z, 0.65))
-    bits = hybrid.bits(prediction, x, jnp.round(times * STEPS).astype(jnp.int32), schedule)
+    bits = jax.jit(lambda *args: hybrid.bits(*args, schedule))(
+        prediction, x, jnp.round(times * STEPS).astype(jnp.int32)
+    )
     on_noise = process.sigma(log_snr) ** 2  # P2 with k = 1, gamma = 1
     simple = jnp.mean(on_noise * jnp.mean(jnp.square(eps - 0.3), axis=(1, 2, 3)))
     np.testing.assert_allclose(metrics["bits_per_dim"], STEPS * jnp.mean(bits), rtol=1e-4)
@@ -173,7 +187,7 @@ def test_steps_are_drawn_by_the_roots_of_their_mean_squared_losses():
     history = importance.empty(4)
     np.testing.assert_allclose(importance.probabilities(history), 0.25)
     for value in range(importance.KEPT):
-        history = importance.record(history, jnp.arange(4), jnp.array([1.0, 2.0, 3.0, float(value)]))
+        history = jax.jit(importance.record)(history, jnp.arange(4), jnp.array([1.0, 2.0, 3.0, float(value)]))
     sizes = np.array([1, 2, 3, np.sqrt(np.mean(np.arange(10.0) ** 2))])
     expected = 0.999 * sizes / sizes.sum() + 0.001 / 4
     np.testing.assert_allclose(importance.probabilities(history), expected, rtol=1e-5)
@@ -188,7 +202,7 @@ def test_a_history_keeps_the_last_ten_losses_of_each_step():
     history, lists = importance.empty(3), [[], [], []]
     for size in (5, 40, 7, 1):
         index, losses = random.integers(0, 3, size), random.standard_normal(size).astype(np.float32)
-        history = importance.record(history, jnp.asarray(index), jnp.asarray(losses))
+        history = jax.jit(importance.record)(history, jnp.asarray(index), jnp.asarray(losses))
         for i, loss in zip(index, losses, strict=True):
             lists[i].append(loss)
     for found, met in zip(np.asarray(history["losses"]), lists, strict=True):
@@ -217,13 +231,13 @@ def test_the_loss_of_drawn_steps_is_in_the_mean_that_of_even_draws():
     state = method.init(jax.random.key(0), {})
     ready = {"losses": jnp.broadcast_to(jnp.linspace(1, 4, STEPS)[:, None], (STEPS, 10)), "counts": jnp.full(STEPS, 10)}
     losses = [
-        jax.jit(chosen.step)(initial, {}, batch(20_000), jax.random.key(7), ARGUMENTS)[1]["loss"]
+        jax.jit(chosen.step)(initial, {}, batch(4_000), jax.random.key(7), ARGUMENTS)[1]["loss"]
         for chosen, initial in (
             (method, state.replace(memory=ready)),
             (flat(schedule, "snr"), state.replace(memory=None)),
         )
     ]
-    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.01)
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.03)
 
 
 def test_a_continuous_schedule_is_refused():
