@@ -227,14 +227,14 @@ def test_importance_sampling_keeps_its_history_in_the_state(parts):
 
 def test_the_loss_of_drawn_steps_is_in_the_mean_that_of_even_draws():
     schedule = SCHEDULES["discrete_cosine"]
-    method = flat(schedule, "snr", importance_sampling=True)
+    method = flat(schedule, "snr", importance_sampling=True, stratified=True)
     state = method.init(jax.random.key(0), {})
     ready = {"losses": jnp.broadcast_to(jnp.linspace(1, 4, STEPS)[:, None], (STEPS, 10)), "counts": jnp.full(STEPS, 10)}
     losses = [
         jax.jit(chosen.step)(initial, {}, batch(4_000), jax.random.key(7), ARGUMENTS)[1]["loss"]
         for chosen, initial in (
             (method, state.replace(memory=ready)),
-            (flat(schedule, "snr"), state.replace(memory=None)),
+            (flat(schedule, "snr", stratified=True), state.replace(memory=None)),
         )
     ]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.03)
