@@ -27,7 +27,7 @@ from diffdistill.config import (
 from diffdistill.data import augmentation
 from diffdistill.diffusion import conditioning, noise, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.methods import Method
+from diffdistill.methods import Method, base
 from diffdistill.methods.encoder import encoder_halving
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
@@ -35,6 +35,8 @@ from diffdistill.methods.teacher import teacher
 from diffdistill.models import architectures
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.training.state import Optimization, Updater
+
+_MEAN_POINTS = 100_000  # noise levels over which a weight is averaged: whole multiples of the usual tables
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,26 @@ def schedule_of(process: ProcessConfig) -> Schedule:
 def sampling_schedule_of(process: ProcessConfig, prediction: str) -> Schedule:
     """The schedule as samplers see it: noise levels are those of the network's own table where it has one."""
     schedule = schedule_of(process)
-    if prediction != "iddpm" or schedule.num_train_steps is not None:
+    if prediction not in parameterisation.TABLES or schedule.num_train_steps is not None:
         return schedule
-    return dataclasses.replace(schedule, nearest_sigma=schedules.get("discrete_cosine").nearest_sigma)
+    table = schedules.get(parameterisation.TABLES[prediction], num_train_steps=process.num_train_steps)
+    return dataclasses.replace(schedule, nearest_sigma=table.nearest_sigma)
 
 
 def denoiser_of(config: Config, stage: Stage, facts: DataFacts, *, dropout: float = 0.0) -> Denoiser:
     """The denoiser that a stage trains; network and output are the same in every stage but for the w branch."""
     embedding = config.guided.w_embedding if stage.conditioned_on_guidance else "none"
-    return _denoiser(config.model, embedding, facts, dropout)
+    return _denoiser(config.model, embedding, facts, dropout, config.process.num_train_steps)
 
 
 @functools.cache
-def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dropout: float) -> Denoiser:
-    output = parameterisation.get(model.prediction, **_sigma_data(model.prediction, model))
+def _denoiser(
+    model: ModelConfig, guidance_embedding: str, facts: DataFacts, dropout: float, num_train_steps: int
+) -> Denoiser:
+    table = {"num_train_steps": num_train_steps} if model.prediction in parameterisation.TABLES else {}
+    output = parameterisation.get(model.prediction, **_sigma_data(model.prediction, model), **table)
+    if model.learned_variance:
+        output = parameterisation.with_variance(output)
     num_classes = facts.num_classes if model.conditional else 0
     network = architectures.build(
         model.architecture,
@@ -174,9 +182,26 @@ def _denoiser(model: ModelConfig, guidance_embedding: str, facts: DataFacts, dro
     return Denoiser(network, output, num_classes, facts.image_shape, conditioning.get(model.image_condition))
 
 
-def weight_of(model: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
+def weight_of(model: ModelConfig, name: str, **settings: Any) -> Callable[[jax.Array], jax.Array]:
     """The loss weight called `name`, told the standard deviation of the data where it asks for it."""
-    return weighting.get(name, **_sigma_data(name, model))
+    return weighting.get(name, **_sigma_data(name, model), **settings)
+
+
+def stage_weight(config: Config, settings: OptimizationConfig) -> Callable[[jax.Array], jax.Array]:
+    """The loss weight of a stage with all that its part of the config says of it."""
+    schedule = schedule_of(config.process)
+    values = {"k": settings.weight_k, "gamma": settings.weight_gamma, "shift": settings.weight_shift}
+    values |= {"g": settings.weight_g} if settings.weight_g else {}
+    own = weighting.settings_of(settings.weight, values)
+    if weighting.per_unit_log_snr(settings.weight):
+        own["rate"] = schedules.rate(schedule)
+    weight = weight_of(config.model, settings.weight, **own)
+    if not settings.weight_normalised:
+        return weight
+    draws = (jnp.arange(_MEAN_POINTS) + 0.5) / _MEAN_POINTS
+    drawn = noise_of(settings) if isinstance(settings, TeacherConfig) else None
+    levels = drawn(draws) if drawn else schedule.log_snr(base.times(draws, schedule))
+    return weighting.normalised(weight, levels)
 
 
 def _sigma_data(name: str, model: ModelConfig) -> dict[str, float]:
@@ -233,15 +258,16 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     settings = stage.settings
     denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)
     schedule = schedule_of(config.process)
-    weight, updater = weight_of(config.model, settings.weight), updater_of(stage)
+    weight, updater = stage_weight(config, settings), updater_of(stage)
     common: dict[str, Any] = {"stratified": settings.stratified_times, "parts": settings.parts}
     if isinstance(settings, TeacherConfig):
         common |= {"label_dropout": settings.label_dropout, "noise": noise_of(settings)}
+        common["importance_sampling"] = settings.importance_sampling
         if settings.augmentation:
             common["augment"] = functools.partial(augmentation.augment, probability=settings.augmentation)
         return teacher(denoiser, schedule, weight, updater, **common)
     if isinstance(settings, GuidedConfig):
-        teacher_network = _denoiser(config.model, "none", facts, 0.0)
+        teacher_network = _denoiser(config.model, "none", facts, 0.0, config.process.num_train_steps)
         return distillation(
             denoiser, teacher_network, schedule, weight, updater, w_min=settings.w_min, w_max=settings.w_max, **common
         )

@@ -32,20 +32,32 @@ def define_flags() -> None:
         "how fast the teacher trains here, also a round of halving and samplers (--benchmarks). transfer: images of "
         "one class become another (--encoder, --decoder, --source_class, --labels). tune-variance: which variance "
         "fraction of the ancestral sampler is best for each number of steps of --config.evaluation.num_steps "
-        "(--fractions: those to try).",
+        "(--fractions: those to try). analyse: what is learnt at which signal-to-noise ratio (Choi et al. 2022): "
+        "weights of the config, distances of its noised images and, of a run, images sampled back from noise.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
     )
     flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
     flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
-    flags.DEFINE_integer("steps", 0, "sample, transfer: steps (default what the stage was trained for).")
+    flags.DEFINE_integer(
+        "steps",
+        0,
+        "sample, transfer: steps (default what the stage was trained for). analyse: back from any noise (default 100).",
+    )
     flags.DEFINE_float("w", 0.0, "sample, transfer: guidance weight of (1 + w) conditional - w unconditional; 0: none.")
     flags.DEFINE_bool("extrapolate_w", False, "sample, transfer: accept a w that the stage was not distilled for.")
     flags.DEFINE_string(
-        "sampler", "", "sample: ddim, ancestral, stochastic, euler, heun, churn or ablation (default from the config)."
+        "sampler",
+        "",
+        "sample: ddim, ancestral, stochastic, respaced, respaced_ddim, euler, heun, churn or ablation (default from "
+        "the config).",
     )
-    flags.DEFINE_integer("num", 0, "sample, transfer: number of images (default 100, or as many as are given).")
+    flags.DEFINE_integer(
+        "num",
+        0,
+        "sample, transfer: number of images (default 100, or as many as are given). analyse: images shown (default 8).",
+    )
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")
     flags.DEFINE_list(
         "labels",
@@ -84,13 +96,21 @@ def define_flags() -> None:
         "prepare: folder, zip, tar, CIFAR-10 archive or downsampled-ImageNet batches. import: whose format the file is "
         "in, edm, guided-diffusion or progressive.",
     )
-    flags.DEFINE_string("output", "", "import --source=progressive: what the network puts out, x or v (default x).")
+    flags.DEFINE_string(
+        "output",
+        "",
+        "import: what the network puts out. progressive: x or v (default x). guided-diffusion: ddpm on the linear "
+        "schedule, iddpm on the cosine one (default by its size).",
+    )
     flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008, or its path.")
     flags.DEFINE_string("decoder", "", "transfer: stage that decodes, of this run or the path of another run's.")
     flags.DEFINE_string("source_class", "", "transfer: class of the images, by number or name.")
     flags.DEFINE_list("benchmarks", ["teacher"], "benchmark: what to measure, some of teacher, halving, sampling.")
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "benchmark: the types to compute in.")
     flags.DEFINE_float("benchmark_seconds", 20.0, "benchmark: seconds of measuring for each record.")
+    flags.DEFINE_string(
+        "lpips", "", "analyse: file of torch.save(lpips.LPIPS(...).state_dict()); default: features of a classifier."
+    )
     flags.DEFINE_string("destination", "", "prepare: folder for the ArrayRecord files.")
     flags.DEFINE_bool("distributed", False, "Join the other processes of a multi-host job before anything else.")
     flags.DEFINE_string("coordinator", "", "distributed: host:port of process 0 (default: from the cluster).")

@@ -51,7 +51,7 @@ class ProcessConfig:
 class ModelConfig:
     """The network and what it predicts."""
 
-    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm
+    prediction: str = "v"  # x | eps | v | both, or a preconditioning: edm | vp | ve | iddpm | ddpm
     sigma_data: float = 0.5  # standard deviation of the data: of prediction edm and of the loss weight edm
     conditional: bool = True
     # From image to image: what the network is shown beside z. inpainting | super_resolution | colourisation
@@ -74,6 +74,7 @@ class ModelConfig:
     dtype: str = "float32"  # compute type; parameters stay float32
     remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more time
     attention: str = "auto"
+    learned_variance: bool = False  # C more outputs for the variance of a step, trained by the hybrid loss
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class OptimizationConfig:
     non_finite: Literal["stop", "replace"] = "stop"  # replace: gradients that are NaN count as 0, as in EDM
     dropout: float = 0.0
     weight: str = "snr_trunc"
+    weight_k: float = 1.0  # of p2: SNR / (k + SNR)^gamma
+    weight_gamma: float = 1.0  # of p2
+    weight_g: float = 0.0  # bound of min_snr, max_snr and soft_min_snr; 0: their own
+    weight_shift: float = 2.0  # of sigmoid
+    weight_normalised: bool = False  # divided by its mean, as a factor on the error of the noise
     stratified_times: bool = False
 
 
@@ -112,6 +118,7 @@ class TeacherConfig(OptimizationConfig):
     p_std: float = 1.2
     noise_sigma_min: float = 0.02  # of ve: ln s is uniform between the logarithms of these
     noise_sigma_max: float = 100.0
+    importance_sampling: bool = False  # of the steps of a discrete schedule, by their losses so far
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,7 @@ class EvaluationConfig:
     grid_columns: int = 10
     # Style transfers of runs with encoder stages, such as "3 to 8": images of one class, by number or name, to another.
     transfers: tuple[str, ...] = ()
+    bits_images: int = 0  # of the data, whose bits per dimension by a discrete teacher are computed, all steps of it
     # The rest concerns inception features.
     protocol: str = "tf"  # tf | pytorch-fid | clean: how images are resized
     reference: str = ""  # file of reference statistics; empty: computed from the run's data

@@ -12,7 +12,7 @@ from diffdistill.diffusion import conditioning, noise, parameterisation, schedul
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
 from diffdistill.fields import ConfigError
 from diffdistill.models import architectures, song_unet
-from diffdistill.samplers import SAMPLERS, heun, sigmas
+from diffdistill.samplers import SAMPLERS, heun, respaced, sigmas
 
 STAGES = ("teacher", "guided", "progressive", "stochastic", "encoder")
 HALVINGS = ("progressive", "stochastic", "encoder")
@@ -92,6 +92,8 @@ def _check_ranges(config: Config) -> None:
         least(f"{where}.adam_eps", stage.adam_eps, 1e-30)
         least(f"{where}.dropout", stage.dropout, 0.0, 0.999)
         least(f"{where}.ema_decay", stage.ema_decay, 0.0, 0.999999)
+        for field_name in ("weight_k", "weight_gamma", "weight_g"):
+            least(f"{where}.{field_name}", getattr(stage, field_name), 0.0)
     least("config.teacher.augmentation", config.teacher.augmentation, 0.0, 1.0)
     least("config.teacher.label_dropout", config.teacher.label_dropout, 0.0, 0.999)
     for name in HALVINGS:
@@ -112,6 +114,7 @@ def _check_ranges(config: Config) -> None:
     least("config.model.sigma_data", config.model.sigma_data, 1e-12)
     least("config.evaluation.num_samples", config.evaluation.num_samples, 0)
     least("config.evaluation.reference_images", config.evaluation.reference_images, 0)
+    least("config.evaluation.bits_images", config.evaluation.bits_images, 0)
     least("config.evaluation.reservoir", config.evaluation.reservoir, 2)
     for index, seed in enumerate(config.evaluation.seeds):
         least(f"config.evaluation.seeds[{index}]", seed, 0, 2**31 - 1 - config.evaluation.num_samples)
@@ -144,8 +147,11 @@ def _check_ranges(config: Config) -> None:
             log_snr_max=process.log_snr_max,
             num_train_steps=process.num_train_steps,
         )
+        if table := parameterisation.TABLES.get(config.model.prediction):
+            schedules.get(table, num_train_steps=process.num_train_steps)
     except ValueError as error:
         raise ConfigError(f"config.process: {error}") from error
+    _check_respaced(config, schedule)
     sampling = config.sampling
     try:
         for name in ("edm", sampling.discretisation):  # whichever sampler the command line then asks for
@@ -153,6 +159,20 @@ def _check_ranges(config: Config) -> None:
             sigmas.DISCRETISATIONS[name].make(low, high, sampling.rho)
     except ValueError as error:
         raise ConfigError(f"config.sampling: {error}.") from error
+
+
+def _check_respaced(config: Config, schedule: schedules.Schedule) -> None:
+    """Refuses respaced samplers that a schedule cannot have before anything is trained."""
+    evaluation, sampling = config.evaluation, config.sampling
+    # Domain features measure the teacher at the length of its chain, too.
+    chains = [getattr(config, name) for name in HALVINGS] if evaluation.features == "domain" else []
+    asked = (*evaluation.num_steps, *(halving.start_steps for halving in chains if halving.num_updates))
+    for name in evaluation.samplers or (sampling.sampler,):
+        for steps in asked if name in respaced.INDICES else ():
+            try:
+                respaced.check(name, schedule, steps)
+            except ValueError as error:
+                raise ConfigError(f"config.evaluation.num_steps: {error}.") from error
 
 
 def _check_combinations(config: Config) -> None:
@@ -173,6 +193,16 @@ def _check_combinations(config: Config) -> None:
             f"{model.augmentation_features}: the network has to be told what was done to its images. Set "
             f"augmentation_features={AUGMENTATION_FEATURES} with an architecture that takes it, or augmentation=0."
         )
+    for name, wanted in (
+        ("model.learned_variance", model.learned_variance),
+        ("teacher.importance_sampling", config.teacher.importance_sampling),
+    ):
+        if wanted and (not config.process.schedule.startswith("discrete") or config.teacher.noise != "schedule"):
+            raise ConfigError(
+                f"config.{name} needs the steps of a discrete schedule, drawn at random, but config.process.schedule "
+                f"is {config.process.schedule!r} and config.teacher.noise {config.teacher.noise!r}. Set them to "
+                "discrete_linear or discrete_cosine and to schedule."
+            )
     if guided.num_updates:
         if not model.conditional:
             raise ConfigError(
@@ -261,19 +291,20 @@ def _check_halving(config: Config, name: str) -> None:
             "1024 and 1: every round halves the number of steps."
         )
     discrete = config.process.schedule.startswith("discrete")
-    if discrete and config.process.num_train_steps % start:
+    if discrete and config.process.num_train_steps < start:
         raise ConfigError(
-            f"config.process.num_train_steps ({config.process.num_train_steps}) is not a multiple of "
-            f"config.{name}.start_steps ({start}): the times of the sampler would not be times of the teacher."
+            f"config.process.num_train_steps ({config.process.num_train_steps}) is less than "
+            f"config.{name}.start_steps ({start}): a discrete teacher has no more steps than it was trained on."
         )
-    at_noise = float(weighting.get(stage.weight)(config.process.log_snr_min))
+    own = weighting.settings_of(stage.weight, {"k": stage.weight_k, "gamma": stage.weight_gamma})
+    at_noise = float(weighting.get(stage.weight, **own)(config.process.log_snr_min))
     if at_noise < 1e-3 and name != "encoder":  # which is never evaluated at t = 1
         raise ConfigError(
             f"config.{name}.weight={stage.weight!r} is {at_noise:.2g} at t = 1, where every student "
             "takes its first step and the student of one step its only one: it would not learn. Use a weight that does "
             "not vanish with the signal: snr_trunc, snr_plus_one, constant or edm."
         )
-    if config.model.prediction in ("eps", "vp", "ve", "iddpm"):
+    if config.model.prediction in ("eps", "vp", "ve", *parameterisation.TABLES):
         raise ConfigError(
             f"config.model.prediction={config.model.prediction!r} cannot be distilled progressively: the network "
             "predicts the noise, and towards zero signal-to-noise this no longer determines x (Salimans & Ho 2022, "

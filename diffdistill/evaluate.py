@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from diffdistill import chain, judges, runner, samplers
+from diffdistill import chain, judges, likelihood, runner, samplers
 from diffdistill.chain import Stage
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
@@ -135,6 +135,43 @@ def evaluate(
             bar.advance(number + 1, {})
     finally:
         bar.close()
+    if source is not None:
+        _measure_bits(folder, source, [stage for stage in stages if likelihood.wanted(folder.config, stage)])
+
+
+def _measure_bits(folder: Workdir, source: Source, stages: Sequence[Stage]) -> None:
+    """Writes the variational bound of images of the data by each of the stages, unless it was measured before."""
+    config = folder.config
+    done = results.finished(results.read(folder.path / RESULTS))
+    for stage in stages:
+        generator = load_stage(folder, stage)
+        images, labels = likelihood.chosen(source, config.evaluation.bits_images)
+        known: dict[str, Any] = {
+            "stage": stage.name,
+            "num_steps": config.process.num_train_steps,
+            "network_evaluations": config.process.num_train_steps,
+            "sampler": "bound",
+            "w": 0.0,
+            "metric": "bits_per_dim",
+            "num_samples": len(images),
+            "seed": config.seed,
+            "params_hash": params_hash(generator.params),
+            "protocol": generator.settings_text("ancestral"),
+        }
+        if results.key(known) in done:
+            continue
+        found = likelihood.bound(generator, images, labels, seed=config.seed)
+        if meshes.is_main():
+            record = results.record(
+                **known,
+                value=float(found.total.mean()),
+                spread=float(found.total.std()),
+                hardware=meshes.describe(meshes.make_mesh()),
+                wall_time=found.seconds,
+                config=config.name,
+                dataset=config.data.dataset or config.data.source,
+            )
+            results.append(folder.path / RESULTS, [record])
 
 
 def with_examples(generator: Generator, source: Source | None) -> Generator:

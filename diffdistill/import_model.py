@@ -79,7 +79,10 @@ def import_model(
 def _config(model: ImportedModel, stem: str) -> Config:
     settings = default_config()
     settings.name = f"imported-{stem}"
-    if model.prediction in presets.PRESETS:
+    if model.prediction == "ddpm":
+        presets.discrete(settings, "linear")
+        settings.evaluation.features, settings.evaluation.guidance = "inception", (0.0,)
+    elif model.prediction in presets.PRESETS:
         presets.apply(settings, model.prediction)
         presets.as_published(settings, model.image_shape[0], model.num_classes, model.prediction)
         if model.prediction == "ve":  # trained on the levels that its file names
@@ -91,6 +94,8 @@ def _config(model: ImportedModel, stem: str) -> Config:
         if model.num_steps > 1:
             settings.progressive.start_steps = model.num_steps  # it knows no finer steps
     settings.model.update(model.model)
+    if settings.model.learned_variance:
+        settings.teacher.noise = "schedule"  # which the hybrid loss needs; its levels are those of the preset
     settings.model.prediction = model.prediction
     settings.model.update(model.prediction_settings)
     settings.model.conditional = model.num_classes > 0

@@ -237,6 +237,28 @@ def _transfer(interrupt: Any) -> None:
     )
 
 
+def _analyse(interrupt: Any) -> None:
+    del interrupt
+    from diffdistill import analyse, analysis_distances, sample, workdir
+
+    config, folder, generator = _config(), None, None
+    path = Path(_workdir(config))
+    if (path / "config.json").exists():
+        folder = _as_asked(workdir.read(path), config)
+        config = folder.config
+        generator = sample.load_from(folder, FLAGS.stage or "teacher")
+        if generator.guidance_range is not None or generator.is_encoder:
+            fail(f"--stage={FLAGS.stage} cannot reconstruct: choose the teacher or a student without w.", EXIT_USAGE)
+    place = Path(FLAGS.out) if FLAGS.out else path / "analysis"
+    place.mkdir(parents=True, exist_ok=True)
+    source, distance, title = analysis_distances.choose(config, place, FLAGS.lpips, say)
+    options = {"num": FLAGS.num or 8, "num_steps": FLAGS.steps or 100, "seed": FLAGS.seed}
+    written = analyse.to_files(config, place, source, generator, distance, title=title, **options)
+    if generator is None:
+        say(f"{path} holds no run: nothing is reconstructed. Train first with --mode=train and the same --workdir.")
+    say("\n".join(map(str, written)))
+
+
 def _prepare(interrupt: Any) -> None:
     del interrupt
     from diffdistill.data.prepare import prepare
@@ -272,4 +294,5 @@ MODES: dict[str, Callable[[Any], None]] = {
     "benchmark": _benchmark,
     "transfer": _transfer,
     "tune-variance": _tune_variance,
+    "analyse": _analyse,
 }

@@ -47,6 +47,23 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def discrete(config: Any, schedule: str, num_train_steps: int = 1000) -> Any:
+    """Sets a discrete teacher of the noise with learned variance, as guided-diffusion and P2 have it; returns `config`.
+
+    Args:
+      config: a ConfigDict; process, prediction, training noise and sampler are set.
+      schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021).
+      num_train_steps: T.
+    """
+    names.choose({"linear": 0, "cosine": 0}, schedule, "discrete schedule")
+    config.process.schedule, config.process.num_train_steps = f"discrete_{schedule}", num_train_steps
+    config.model.prediction, config.model.learned_variance = {"linear": "ddpm", "cosine": "iddpm"}[schedule], True
+    config.teacher.noise, config.teacher.weight = "schedule", "snr"
+    config.sampling.sampler, config.sampling.clip, config.sampling.quantisation = "respaced", True, "adm"
+    config.evaluation.num_steps = (250,)
+    return config
+
+
 def as_published(config: Any, side: int, num_classes: int, name: str) -> None:
     """Sets sampler and evaluation to those by which the paper's figures of a network were made.
 

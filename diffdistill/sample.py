@@ -29,6 +29,7 @@ from diffdistill.evaluation import protocols
 from diffdistill.evaluation.stream import Chunk
 from diffdistill.methods.base import images
 from diffdistill.models.denoiser import Condition, Denoiser, guided
+from diffdistill.samplers import respaced
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir
 
@@ -62,6 +63,8 @@ class Generator:
       guidance_range: (w_min, w_max) of a w-conditioned model; None for any other.
       has_null_class: whether the null class was trained, so that two evaluations can guide the model.
       sampler, clip, quantisation, batch_size: defaults of `sample`.
+      learned_variance: whether its steps have the variance that its network says. Not so of students, which learn from
+        their teacher's x_hat alone.
       is_encoder: whether it was distilled to go from images to noise; such a model cannot be sampled.
       extrapolates: whether a guidance weight outside guidance_range is accepted.
       latent_scaling: (shift (C,), scale) between the data and what the network sees of it; None for images.
@@ -88,6 +91,7 @@ class Generator:
     latent_scaling: tuple[np.ndarray, np.float32] | None = None
     examples: Callable[[np.ndarray], Batch] | None = None
     learnt_sampler: str = ""
+    learned_variance: bool = False
 
     def sample(
         self,
@@ -166,7 +170,8 @@ class Generator:
         self._check_pictures(num, pictures, masks)
         seeds = np.arange(seed, seed + num, dtype=np.int32)
         chosen = self._labels(seeds, labels, pictures)
-        run = self._compiled(sampler, two_branches=self._two_branches(w))
+        fixed_steps = num_steps if sampler in samplers.FIXED_STEPS else None
+        run = self._compiled(sampler, two_branches=self._two_branches(w), fixed_steps=fixed_steps)
         mesh = meshes.make_mesh()
         chunk = self.chunk_size(num)
         for start in range(first, num, chunk):
@@ -194,7 +199,10 @@ class Generator:
 
     def settings_text(self, sampler: str) -> str:
         """What samples of one seed depend on besides steps, sampler and w, in words."""
-        own = [f"{name} {value}" for name, value in samplers.settings_of(sampler, self.settings).items()]
+        settings = samplers.settings_of(sampler, self.settings)
+        if self.learned_variance and sampler in samplers.LEARNED_VARIANCE:
+            settings["variance_fraction"] = "learned"
+        own = [f"{name} {value}" for name, value in settings.items()]
         return ", ".join(["clip" if self.clip else "no clip", *own, f"{self.quantisation} quantisation"])
 
     def _two_branches(self, w: float) -> bool:
@@ -216,6 +224,11 @@ class Generator:
                 f"sampler is {sampler!r}, but stage {self.name} has learnt the steps of {self.learnt_sampler!r}. Take "
                 "a round_ stage for DDIM."
             )
+        if sampler in samplers.FIXED_STEPS:
+            try:
+                respaced.check(sampler, self.schedule, num_steps)
+            except ValueError as error:
+                raise SampleError(f"stage {self.name}: {error}.") from error
         if not math.isfinite(w):
             raise SampleError(f"w is {w}; give a finite guidance weight (0 is no guidance).")
         if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
@@ -295,7 +308,7 @@ class Generator:
             f"{names}{', ...' if len(self.class_names) > 20 else ''}."
         )
 
-    def _compiled(self, sampler: str, *, two_branches: bool) -> Callable[..., jax.Array]:
+    def _compiled(self, sampler: str, *, two_branches: bool, fixed_steps: int | None) -> Callable[..., jax.Array]:
         return _compiled(
             self.denoiser,
             self.schedule,
@@ -305,6 +318,8 @@ class Generator:
             self.quantisation,
             two_branches,
             self.guidance_range is not None,
+            self.learned_variance and sampler in samplers.LEARNED_VARIANCE,
+            fixed_steps,
         )
 
 
@@ -318,8 +333,13 @@ def _compiled(
     quantisation: str,
     two_branches: bool,
     takes_guidance: bool,
+    with_variance: bool,
+    fixed_steps: int | None,
 ) -> Callable[..., jax.Array]:
-    """One compiled program for every stage with these networks, every number of steps and every w."""
+    """One compiled program for every stage with these networks, every w and every number of steps.
+
+    fixed_steps: the number of steps of a sampler that needs a plain one; None for any other.
+    """
     model = guided(denoiser) if two_branches else denoiser
     mesh = meshes.make_mesh()
     everywhere, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
@@ -348,11 +368,16 @@ def _compiled(
             guidance=jnp.full(seeds.shape, w) if two_branches or takes_guidance else None,
             image=shown_of(denoiser, keys, pictures, masks),
         )
+
+        def denoise(z: jax.Array, log_snr: jax.Array) -> Any:
+            predicted = model.predict(params, z, log_snr, condition)
+            return (predicted.x, predicted.variance_fraction) if with_variance else predicted.x
+
         x = samplers.get(sampler)(
-            lambda z, log_snr: model(params, z, log_snr, condition),
+            denoise,
             latents,
             schedule,
-            num_steps,
+            num_steps if fixed_steps is None else fixed_steps,
             keys=jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             clip=clip,
             **dict(settings),
@@ -442,4 +467,5 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         latent_scaling=scaling(config.data.latent_shift, config.data.latent_scale, folder.facts.image_shape[-1])
         if folder.facts.latents
         else None,
+        learned_variance=config.model.learned_variance and stage.method == "teacher",
     )

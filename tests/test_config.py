@@ -90,7 +90,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
         ({"progressive": {"num_updates": 5}, "model": {"prediction": "eps"}}, ["'eps'", "zero signal-to-noise"]),
         (
             {"progressive": {"num_updates": 5, "start_steps": 1024}, "process": {"schedule": "discrete_linear"}},
-            ["not a multiple", "1000"],
+            ["less than", "1000", "no more steps"],
         ),
         ({"progressive": {"num_updates": 5, "weight": "snr"}}, ["config.progressive.weight='snr'", "t = 1"]),
         ({"progressive": {"num_updates": 5, "weight": "p2"}}, ["config.progressive.weight='p2'", "t = 1"]),

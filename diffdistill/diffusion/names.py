@@ -20,9 +20,15 @@ def choose(table: Mapping[str, T], name: str, what: str) -> T:
     raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table)}.{hint}")
 
 
+def settings_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the keyword-only arguments of `function`, in order."""
+    parameters = inspect.signature(function).parameters.items()
+    return tuple(name for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+
 def check_settings(function: Callable[..., Any], settings: Mapping[str, Any], what: str) -> None:
     """Refuses settings that `function` does not take as keyword-only arguments: a ValueError naming those it takes."""
-    known = {n: None for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    known = dict.fromkeys(settings_of(function))
     for name in settings:
         if not known:
             raise ValueError(f"{what} takes no settings, got {name!r}; leave it out")

@@ -2,7 +2,7 @@
 
 The preconditionings are the columns of table 1 of Karras et al. 2022 ("Elucidating the design space"), each in its
 authors' own scaling of input and time: vp, ve, iddpm, edm. With s = ve_sigma and z_ve = z / alpha,
-x_hat = c_skip z_ve + c_out F(c_in z_ve; c_noise).
+x_hat = c_skip z_ve + c_out F(c_in z_ve; c_noise). ddpm is iddpm with the table of Ho et al. 2020.
 
 Images and outputs are (B, H, W, C or 2C); log_snr is (B,) or scalar.
 """
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from diffdistill.diffusion import names, schedules
 from diffdistill.diffusion.process import alpha, angle, expand, sigma, ve_sigma, vp_to_ve
 
-NUM_NOISE_LEVELS = 1000  # M of vp and iddpm
+NUM_NOISE_LEVELS = 1000  # M of vp, and of iddpm and ddpm unless said otherwise
 
 
 def x_from_eps(eps_hat: Array, z: Array, log_snr: ArrayLike) -> Array:
@@ -52,6 +53,8 @@ class Parameterisation:
     network_time(log_snr): its time input, shape of log_snr.
     to_x(output, z, log_snr): x_hat, shape of z, from the output (B, H, W, output_channels(C)).
     target(x, eps, log_snr): the output that makes to_x return x, for z = alpha x + sigma eps.
+    learned_variance: whether C more channels at the end hold the variance of a step (see `with_variance`); to_x and
+      target leave them out.
     """
 
     name: str
@@ -60,6 +63,21 @@ class Parameterisation:
     network_time: Callable[[ArrayLike], Array]
     to_x: Callable[[Array, Array, ArrayLike], Array]
     target: Callable[[Array, Array, ArrayLike], Array]
+    learned_variance: bool = False
+
+
+def with_variance(parameters: Parameterisation) -> Parameterisation:
+    """Returns `parameters` for a network that learns the variance of its steps too (Nichol & Dhariwal 2021)."""
+
+    def to_x(output: Array, z: Array, log_snr: ArrayLike) -> Array:
+        return parameters.to_x(output[..., : -z.shape[-1]], z, log_snr)
+
+    return dataclasses.replace(
+        parameters,
+        output_channels=lambda channels: parameters.output_channels(channels) + channels,
+        to_x=to_x,
+        learned_variance=True,
+    )
 
 
 def _same_channels(channels: int) -> int:
@@ -178,14 +196,22 @@ def _ve() -> Parameterisation:
     )
 
 
-def _iddpm() -> Parameterisation:
-    # As vp, but the network knows only the times 0..M-1 of its own table (Nichol & Dhariwal 2021).
-    sigmas = schedules.discrete_sigmas(schedules.cosine_betas(NUM_NOISE_LEVELS))
+def _table(name: str, betas: np.ndarray) -> Parameterisation:
+    # As vp, but the network knows only the times 0..M-1 of its own table.
+    sigmas = schedules.discrete_sigmas(betas)
 
     def network_time(log_snr: ArrayLike) -> Array:
         return schedules.nearest_index(sigmas, ve_sigma(log_snr)).astype(float)
 
-    return dataclasses.replace(_eps(), name="iddpm", network_time=network_time)
+    return dataclasses.replace(_eps(), name=name, network_time=network_time)
+
+
+def _iddpm(*, num_train_steps: int = NUM_NOISE_LEVELS) -> Parameterisation:
+    return _table("iddpm", schedules.cosine_betas(num_train_steps))  # Nichol & Dhariwal 2021
+
+
+def _ddpm(*, num_train_steps: int = NUM_NOISE_LEVELS) -> Parameterisation:
+    return _table("ddpm", schedules.linear_betas(num_train_steps))  # Ho et al. 2020
 
 
 PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
@@ -197,13 +223,17 @@ PARAMETERISATIONS: dict[str, Callable[..., Parameterisation]] = {
     "vp": _vp,
     "ve": _ve,
     "iddpm": _iddpm,
+    "ddpm": _ddpm,
 }
+# Those whose networks know the noise levels of a table alone, and the schedule that it is.
+TABLES = {"iddpm": "discrete_cosine", "ddpm": "discrete_linear"}
 
 
 def get(name: str, **settings: float) -> Parameterisation:
     """Returns the parameterisation called `name`, one of PARAMETERISATIONS.
 
-    The only setting is `sigma_data` (default 0.5) of "edm". ValueError for an unknown name or setting.
+    Settings: `sigma_data` (default 0.5) of "edm"; `num_train_steps` (default 1000), the length of the table, of "iddpm"
+    and "ddpm". ValueError for an unknown name or setting.
     """
     make = names.choose(PARAMETERISATIONS, name, "network output")
     names.check_settings(make, settings, f"network output {name!r}")

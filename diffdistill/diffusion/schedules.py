@@ -21,6 +21,7 @@ VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021, as in Karras et al. 2022
 VE_SIGMA_MAX = 100.0
 EDM_SIGMA_MAX = 80.0
 KARRAS_RHO = 7.0
+_RATE_POINTS = 4097
 
 
 def _every_sigma(s: ArrayLike) -> Array:
@@ -200,3 +201,26 @@ def get(name: str, *, log_snr_min: float = -20.0, log_snr_max: float = 20.0, num
     if name.startswith("discrete") and num_train_steps < smallest:
         raise ValueError(f"num_train_steps={num_train_steps}: the {name} schedule needs at least {smallest}")
     return make(float(log_snr_min), float(log_snr_max), num_train_steps)
+
+
+def rate(schedule: Schedule) -> Callable[[ArrayLike], Array]:
+    """Returns -d log_snr / dt as a function of log_snr (any shape): the factor of a weight per unit of log-SNR.
+
+    For a discrete schedule of T steps it is T (SNR_{n-1} / SNR_n - 1) at its time n/T, with which the variational bound
+    in log-SNR becomes that of the T steps; at n = 1, where SNR_0 is infinite, that of n = 2 stands in. Beyond the ends
+    of the schedule the rate is that at the end.
+    """
+    with jax.ensure_compile_time_eval():
+        if schedule.num_train_steps is None:
+            t = jnp.linspace(0.0, 1.0, _RATE_POINTS)
+            slopes = np.asarray(jax.vmap(jax.grad(lambda time: -schedule.log_snr(time)))(t))
+        else:
+            t = jnp.arange(1, schedule.num_train_steps + 1) / schedule.num_train_steps
+            steps = -np.diff(np.asarray(schedule.log_snr(t), np.float64))
+            slopes = schedule.num_train_steps * np.expm1(np.concatenate([steps[:1], steps]))
+        levels = np.asarray(schedule.log_snr(t))
+    moving = slopes > 0  # elsewhere the schedule is clipped to its bounds
+    # Where a schedule is a power of time, log rate is a line in log-SNR: interpolated without error.
+    levels, log_slopes = levels[moving][::-1], np.log(slopes[moving])[::-1]
+
+    return lambda log_snr: jnp.exp(jnp.interp(jnp.asarray(log_snr, dtype=float), levels, log_slopes))

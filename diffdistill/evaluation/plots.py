@@ -94,10 +94,10 @@ def _comparison(
 ) -> bytes:
     panels = list(dict.fromkeys(curve.panel for curve in curves))
     labels = list(dict.fromkeys(curve.label for curve in curves))
-    figure = _figure(4.2 * len(panels) + 0.4, 3.9 + 0.25 * -(-len(labels) // (2 * len(panels))), theme)
+    figure = new_figure(4.2 * len(panels) + 0.4, 3.9 + 0.25 * -(-len(labels) // (2 * len(panels))), theme)
     legend: dict[str, Any] = {}
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _style(axes, theme)
+        style_axes(axes, theme)
         chosen = [curve for curve in curves if curve.panel == panel]
         for curve in chosen:
             colour = _MANY[labels.index(curve.label) % len(_MANY)]
@@ -115,30 +115,30 @@ def _comparison(
     columns = max(1, min(len(legend), 2 * len(panels)))
     style = {"frameon": False, "fontsize": 8, "labelcolor": theme.text}
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, **style)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def distance_plot(w: Weight, block: Block, theme: Theme = LIGHT) -> bytes:
     """One metric against the number of sampling steps at one guidance weight, both axes logarithmic: PNG bytes."""
-    figure = _figure(4.6, 3.3, theme)
+    figure = new_figure(4.6, 3.3, theme)
     axes = figure.subplots()
-    _style(axes, theme)
+    style_axes(axes, theme)
     _curves(axes, block, block.steps, theme)
     axes.set_title(f"{block.metric.title}, {weight_text(w)}", fontsize=10, color=theme.text, loc="left")
     axes.legend(frameon=False, fontsize=8, labelcolor=theme.text)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def overview_plot(arranged: Mapping[Weight, Sequence[Block]], metrics: Sequence[str], theme: Theme = LIGHT) -> bytes:
     """All weights side by side, one row of panels per metric: PNG bytes. Empty panels say that nothing was measured."""
-    figure = _figure(3.4 * max(1, len(arranged)), 2.9 * len(metrics) + 0.5, theme)
+    figure = new_figure(3.4 * max(1, len(arranged)), 2.9 * len(metrics) + 0.5, theme)
     panels = figure.subplots(len(metrics), max(1, len(arranged)), squeeze=False, sharey="row", sharex=True)
     legend: dict[str, Any] = {}
     steps = sorted({step for blocks in arranged.values() for block in blocks for step in block.steps})
     for row, name in enumerate(metrics):
         for column, (w, blocks) in enumerate(arranged.items()):
             axes = panels[row][column]
-            _style(axes, theme)
+            style_axes(axes, theme)
             block = next((block for block in blocks if block.metric.name == name), None)
             if block is None:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=theme.text, fontsize=9)
@@ -160,14 +160,14 @@ def overview_plot(arranged: Mapping[Weight, Sequence[Block]], metrics: Sequence[
             fontsize=9,
             labelcolor=theme.text,
         )
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def loss_plot(stage: str, steps: np.ndarray, losses: np.ndarray, theme: Theme = LIGHT) -> bytes:
     """The training loss of one stage, every value faint and a running median strong: PNG bytes."""
-    figure = _figure(3.4, 2.3, theme)
+    figure = new_figure(3.4, 2.3, theme)
     axes = figure.subplots()
-    _style(axes, theme)
+    style_axes(axes, theme)
     colour = theme.teacher if stage == "teacher" else theme.guided if stage == "guided" else theme.distilled
     finite = np.isfinite(losses)
     steps, losses = steps[finite], losses[finite]
@@ -184,7 +184,7 @@ def loss_plot(stage: str, steps: np.ndarray, losses: np.ndarray, theme: Theme = 
         _decimal_log(axes, "y")
     axes.set_title(stage, fontsize=9, color=theme.text, loc="left")
     axes.set_xlabel("update", fontsize=8)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def loss_curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -252,7 +252,8 @@ def _decimal_log(axes: Any, which: str) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _figure(width: float, height: float, theme: Theme) -> Any:
+def new_figure(width: float, height: float, theme: Theme) -> Any:
+    """An empty matplotlib figure of that many inches."""
     # The object interface with an explicit canvas: no global pyplot state, no display, no figures left open.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -262,7 +263,8 @@ def _figure(width: float, height: float, theme: Theme) -> Any:
     return figure
 
 
-def _style(axes: Any, theme: Theme) -> None:
+def style_axes(axes: Any, theme: Theme) -> None:
+    """Grid, colours and sizes that all plots share."""
     axes.set_facecolor(theme.background)
     axes.grid(True, color=theme.faint, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -275,7 +277,8 @@ def _style(axes: Any, theme: Theme) -> None:
     axes.yaxis.label.set_color(theme.text)
 
 
-def _png(figure: Any) -> bytes:
+def png_bytes(figure: Any) -> bytes:
+    """A figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
     return buffer.getvalue()

@@ -41,12 +41,13 @@ METRICS = {
         Metric("kid", "KID x 1000", scale=1000.0),
         Metric("precision", "Precision", lower_is_better=False),
         Metric("recall", "Recall", lower_is_better=False),
+        Metric("bits_per_dim", "Bits per dimension"),
     )
 }
 DOMAIN = ("frechet_to_data", "frechet_to_teacher")
 NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
 DISTILLED, STOCHASTIC = "distilled students", "stochastic students"
-_SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler"}
+_SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler", "bound": "variational bound"}
 _ROUND = re.compile(r"(round|stochastic)_\d+_steps_(\d+)")
 
 

@@ -13,14 +13,19 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from diffdistill.diffusion import process
+from diffdistill.diffusion import process, weighting
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.models.denoiser import Denoiser
 
 Params = Any
 State = Any
 Metrics = dict[str, jax.Array]
-Loss = Callable[[Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, jax.Array]], tuple[jax.Array, Metrics]]
+Loss = Callable[
+    [Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, jax.Array]], tuple[jax.Array, dict[str, Any]]
+]
+
+RECORD = "record"
+"""The entry of a loss's metrics that is no metric, but what its Memory is to keep."""
 
 LOG_SNR_BINS = 8
 _LOG_SNR_RANGE = (-20.0, 20.0)
@@ -55,6 +60,22 @@ class Method:
     export: Callable[[State], Params]
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a method keeps in the training state beside the parameters, so that a resumed run goes on with it.
+
+    Its loss finds it as ``frozen["memory"]`` and puts what is to be remembered of each example, a tree of (B, ...),
+    under RECORD into its metrics.
+
+    Attributes:
+      init: () -> the memory before the first update, a tree of arrays.
+      update: (memory, record) -> the memory after an update.
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Any], Any]
+
+
 def from_loss(
     name: str,
     init_params: Callable[[jax.Array, Mapping[str, Params]], Params],
@@ -62,6 +83,7 @@ def from_loss(
     updater: Updater,
     *,
     parts: int = 1,
+    memory: Memory | None = None,
 ) -> Method:
     """A method that follows the gradient of one loss ``(params, frozen, batch, key, arguments) -> (loss, metrics)``.
 
@@ -69,14 +91,22 @@ def from_loss(
     part, and the gradient of the whole batch, each part with random draws of its own.
     """
 
+    def init(key: jax.Array, sources: Mapping[str, Params]) -> State:
+        state = updater.init(init_params(key, sources))
+        return state if memory is None else state.replace(memory=memory.init())
+
     def step(
         state: State, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
     ) -> tuple[State, Metrics]:
+        if memory is not None:
+            frozen = {**frozen, "memory": state.memory}
         grads, metrics = _gradient(loss, parts)(state.params, frozen, batch, key, arguments)
         state, more = updater.apply(state, grads, arguments["num_updates"])
+        if memory is not None:
+            state = state.replace(memory=memory.update(state.memory, metrics.pop(RECORD)))
         return state, {**metrics, **more}
 
-    return Method(name, lambda key, sources: updater.init(init_params(key, sources)), step, updater.averaged)
+    return Method(name, init, step, updater.averaged)
 
 
 def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
@@ -97,8 +127,12 @@ def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
             return jax.tree.map(lambda t, g: t + g / parts, total, grads), metrics
 
         total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(parts))
+        record = {RECORD: metrics.pop(RECORD)} if RECORD in metrics else {}
+        record = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), record)
         # NaN marks what one part has no example of.
-        return total, jax.tree.map(lambda rows: jnp.nanmean(rows, axis=0) if rows.ndim > 1 else rows.mean(0), metrics)
+        return total, record | jax.tree.map(
+            lambda rows: jnp.nanmean(rows, axis=0) if rows.ndim > 1 else rows.mean(0), metrics
+        )
 
     return accumulated
 
@@ -150,7 +184,11 @@ def shown(denoiser: Denoiser, key: jax.Array, x: jax.Array) -> jax.Array | None:
 
 def training_times(key: jax.Array, batch_size: int, schedule: Schedule, *, stratified: bool) -> jax.Array:
     """(B,) times in [0, 1]: uniform, or uniform over n/T, n = 1..T, for a schedule of T discrete steps."""
-    draws = uniform(key, batch_size, stratified=stratified)
+    return times(uniform(key, batch_size, stratified=stratified), schedule)
+
+
+def times(draws: jax.Array, schedule: Schedule) -> jax.Array:
+    """Times of uniform draws in [0, 1), any shape: the draws, or n/T, n = 1..T, for a schedule of T discrete steps."""
     if schedule.num_train_steps is None:
         return draws
     return (jnp.floor(draws * schedule.num_train_steps) + 1.0) / schedule.num_train_steps
@@ -165,18 +203,30 @@ def noised(key: jax.Array, x: jax.Array, log_snr: jax.Array) -> tuple[jax.Array,
 def weighted_loss(
     x_hat: jax.Array, target: jax.Array, log_snr: jax.Array, weight: Callable[[jax.Array], jax.Array]
 ) -> tuple[jax.Array, Metrics]:
-    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and the same per log-SNR bin.
+    """Mean over the batch of weight(log_snr) times the mean squared error of x_hat, and what `summary` says of it."""
+    losses = weighted_losses(x_hat, target, log_snr, weight)
+    return jnp.mean(losses), summary(losses, log_snr)
 
-    The metrics hold the "loss" and, for LOG_SNR_BINS equal bins of log-SNR in [-20, 20], "loss_by_log_snr": NaN where
-    the batch has no example in a bin.
+
+def weighted_losses(
+    x_hat: jax.Array, target: jax.Array, log_snr: jax.Array, weight: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """(B,) losses: weight(log_snr) times the mean squared error of x_hat."""
+    return weight(log_snr) * jnp.mean(jnp.square(x_hat - target), axis=tuple(range(1, x_hat.ndim)))
+
+
+def summary(losses: jax.Array, log_snr: jax.Array) -> Metrics:
+    """The "loss", mean of losses (B,), and the same per noise level.
+
+    For LOG_SNR_BINS equal bins of log-SNR in [-20, 20] "loss_by_log_snr"; for the regimes coarse, content and clean-up
+    (weighting.REGIMES) "loss_by_regime". NaN where the batch has no example.
     """
-    errors = jnp.mean(jnp.square(x_hat - target), axis=tuple(range(1, x_hat.ndim)))
-    losses = weight(log_snr) * errors
     low, high = _LOG_SNR_RANGE
     index = jnp.clip(((log_snr - low) / (high - low) * LOG_SNR_BINS).astype(jnp.int32), 0, LOG_SNR_BINS - 1)
     member = jax.nn.one_hot(index, LOG_SNR_BINS)
-    loss = jnp.mean(losses)
-    return loss, {
-        "loss": loss,
+    regimes = jax.nn.one_hot(weighting.regime(log_snr), len(weighting.REGIMES))
+    return {
+        "loss": jnp.mean(losses),
         "loss_by_log_snr": (losses @ member) / jnp.sum(member, axis=0),
+        "loss_by_regime": (losses @ regimes) / jnp.sum(regimes, axis=0),
     }

@@ -37,6 +37,20 @@ class Condition:
     image: jax.Array | None = None
 
 
+@flax.struct.dataclass
+class Prediction:
+    """What a denoiser says of z.
+
+    Attributes:
+      x: x_hat, (B, H, W, C) float32.
+      variance_fraction: where between its bounds the log-variance of a step lies, per pixel, as x; 0 is the posterior's
+        (see diffusion.variational). None of a network that does not learn it.
+    """
+
+    x: jax.Array
+    variance_fraction: jax.Array | None
+
+
 class DenoiseFunction(Protocol):
     """The contract that samplers, targets and scores rely on; a Denoiser and `guided(denoiser)` both keep it."""
 
@@ -49,6 +63,16 @@ class DenoiseFunction(Protocol):
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array: ...
+
+    def predict(
+        self,
+        params: Params,
+        z: jax.Array,
+        log_snr: ArrayLike,
+        condition: Condition,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Prediction: ...
 
 
 class Network(Protocol):
@@ -125,6 +149,18 @@ class Denoiser:
 
         Dropout acts only where `dropout_key` is given. ValueError where shapes or the condition do not fit the network.
         """
+        return self.predict(params, z, log_snr, condition, dropout_key=dropout_key).x
+
+    def predict(
+        self,
+        params: Params,
+        z: jax.Array,
+        log_snr: ArrayLike,
+        condition: Condition,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Prediction:
+        """x_hat as above, and the variance of a step from z where the network learns it."""
         if z.shape[1:] != self.image_shape:
             raise ValueError(
                 f"this denoiser is made for batches of images of shape {self.image_shape}; got z of shape {z.shape}."
@@ -149,7 +185,10 @@ class Denoiser:
             **options,
             rngs=None if dropout_key is None else {"dropout": dropout_key},
         )
-        return self.parameterisation.to_x(output, z, log_snr).astype(jnp.float32)
+        x_hat = self.parameterisation.to_x(output, z, log_snr).astype(jnp.float32)
+        if not self.parameterisation.learned_variance:
+            return Prediction(x_hat, None)
+        return Prediction(x_hat, 0.5 * (output[..., -z.shape[-1] :].astype(jnp.float32) + 1.0))
 
     def _shown(self, condition: Condition, batch_size: int) -> jax.Array:
         expected = None
@@ -193,7 +232,17 @@ def guided(denoiser: Denoiser) -> DenoiseFunction:
     if denoiser.network.guidance_embedding != "none":
         raise ValueError("this denoiser is conditional on w itself: call it with Condition(guidance=w), not guided().")
 
-    def denoise(
+    return _Guided(denoiser)
+
+
+@dataclass(frozen=True)
+class _Guided:
+    """See `guided`. The variance of a step is that of the conditional branch."""
+
+    denoiser: Denoiser
+
+    def __call__(
+        self,
         params: Params,
         z: jax.Array,
         log_snr: ArrayLike,
@@ -201,6 +250,17 @@ def guided(denoiser: Denoiser) -> DenoiseFunction:
         *,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
+        return self.predict(params, z, log_snr, condition, dropout_key=dropout_key).x
+
+    def predict(
+        self,
+        params: Params,
+        z: jax.Array,
+        log_snr: ArrayLike,
+        condition: Condition,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> Prediction:
         if condition.label is None or condition.guidance is None:
             raise ValueError(
                 "a guided denoiser needs Condition(label=..., guidance=w); w = 0 is the plain conditional model."
@@ -209,17 +269,16 @@ def guided(denoiser: Denoiser) -> DenoiseFunction:
         label = per_image(condition.label, batch_size, "label")
         w = per_image(condition.guidance, batch_size, "guidance")
         # The two branches of an image are neighbours in the batch, so that they stay on the device that holds it.
-        labels = jnp.stack([label, jnp.full_like(label, denoiser.num_classes)], axis=1).reshape(-1)
+        labels = jnp.stack([label, jnp.full_like(label, self.denoiser.num_classes)], axis=1).reshape(-1)
         log_snrs = jnp.repeat(per_image(log_snr, batch_size, "log_snr"), 2)
         augmentation, image = (
             None if each is None else jnp.repeat(each, 2, axis=0) for each in (condition.augmentation, condition.image)
         )
         both = Condition(label=labels, augmentation=augmentation, image=image)
-        pairs = denoiser(params, jnp.repeat(z, 2, axis=0), log_snrs, both, dropout_key=dropout_key)
-        pairs = pairs.reshape(batch_size, 2, *z.shape[1:])
-        return guidance.combine(pairs[:, 0], pairs[:, 1], w)
-
-    return denoise
+        pairs = self.denoiser.predict(params, jnp.repeat(z, 2, axis=0), log_snrs, both, dropout_key=dropout_key)
+        pairs = jax.tree.map(lambda rows: rows.reshape(batch_size, 2, *z.shape[1:]), pairs)
+        variance = None if pairs.variance_fraction is None else pairs.variance_fraction[:, 0]
+        return Prediction(guidance.combine(pairs.x[:, 0], pairs.x[:, 1], w), variance)
 
 
 def transfer(params_from: Params, params_into: Params, fresh: tuple[str, ...] = ("guidance_",)) -> Params:

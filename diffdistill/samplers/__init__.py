@@ -10,19 +10,23 @@ from typing import Any
 from jax import Array
 
 from diffdistill.diffusion import names
-from diffdistill.samplers import ancestral, ddim, heun, stochastic
+from diffdistill.samplers import ancestral, ddim, heun, respaced, stochastic
 
 SAMPLERS: dict[str, Callable[..., Array]] = {
     "ddim": ddim.sample,
     "ancestral": ancestral.sample,
     "stochastic": stochastic.sample,
+    "respaced": respaced.ancestral,
+    "respaced_ddim": respaced.ddim,
     "euler": heun.euler,
     "heun": heun.sample,
     "churn": heun.churn,
     "ablation": heun.ablation,
 }
 SCHEDULED = ("ddim", "ancestral")  # which step along the schedule's own times, as distillation by halving does
-STOCHASTIC = ("ancestral", "stochastic", "churn")  # whose images depend on more than their initial noise
+STOCHASTIC = ("ancestral", "stochastic", "respaced", "churn")  # whose images depend on more than their initial noise
+LEARNED_VARIANCE = ("ancestral", "respaced")  # whose steps have the variance that a network has learnt
+FIXED_STEPS = tuple(respaced.INDICES)  # which need their number of steps as a plain number
 _SOLVERS = {"heun": "heun", "churn": "heun"}  # of a fixed second order
 
 

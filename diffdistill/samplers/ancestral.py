@@ -1,7 +1,11 @@
 """Ancestral sampling with a variance between the two bounds of the reverse process (Salimans & Ho 2022, section 2).
 
-`denoise` is as in `ddim`: denoise(z (B, H, W, C), log_snr (B,)) -> x_hat (B, H, W, C).
+`denoise` is as in `ddim`: denoise(z (B, H, W, C), log_snr (B,)) -> x_hat (B, H, W, C). Of a network that learns the
+variance it gives a pair (x_hat, fraction), each (B, H, W, C): where between the bounds the log-variance of a step lies
+(Nichol & Dhariwal 2021).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,9 @@ from jax.typing import ArrayLike
 
 from diffdistill.diffusion.process import alpha, expand, log1mexp
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.samplers.ddim import Denoise, check_num_steps, step_times
+from diffdistill.samplers.ddim import check_num_steps, step_times
+
+PredictStep = Callable[[Array, Array], Array | tuple[Array, Array]]
 
 
 def step(
@@ -25,19 +31,21 @@ def step(
 
     With r = exp(log_snr_t - log_snr_s): mean r (alpha_s / alpha_t) z_t + (1 - r) alpha_s x_hat, and a variance
     log-linear between the posterior's (1 - r) sigma_s^2 (fraction 0) and sigma_{t|s}^2 = (1 - r) sigma_t^2
-    (fraction 1). log_snr and fraction are scalar or (B,).
+    (fraction 1). log_snr is scalar or (B,); fraction is too, or one per pixel, shape of z.
     """
     log_snr_t, log_snr_s = jnp.asarray(log_snr_t, dtype=float), jnp.asarray(log_snr_s, dtype=float)
     gap = log_snr_s - log_snr_t
     alpha_s = alpha(log_snr_s)
     keep = jnp.exp(-gap) * alpha_s / alpha(log_snr_t)
+    fraction = jnp.asarray(variance_fraction, dtype=float)
+    fraction = fraction if fraction.shape == z.shape else expand(fraction, z)
     log_variance = (
-        log1mexp(gap)
-        + (1.0 - variance_fraction) * jax.nn.log_sigmoid(-log_snr_s)
-        + variance_fraction * jax.nn.log_sigmoid(-log_snr_t)
+        expand(log1mexp(gap), z)
+        + (1.0 - fraction) * expand(jax.nn.log_sigmoid(-log_snr_s), z)
+        + fraction * expand(jax.nn.log_sigmoid(-log_snr_t), z)
     )
     mean = expand(keep, z) * z + expand(-jnp.expm1(-gap) * alpha_s, z) * x_hat
-    return mean + expand(jnp.exp(0.5 * log_variance), z) * noise
+    return mean + jnp.exp(0.5 * log_variance) * noise
 
 
 def check_keys(keys: Array | None, z: Array, sampler: str) -> Array:
@@ -56,8 +64,13 @@ def step_noise(keys: Array, i: int | Array, like: Array) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), like.shape[1:], like.dtype))(keys)
 
 
+def prediction(given: Array | tuple[Array, Array], variance_fraction: ArrayLike) -> tuple[Array, ArrayLike]:
+    """Returns (x_hat, fraction): what `denoise` gave, with `variance_fraction` where that is x_hat alone."""
+    return given if isinstance(given, tuple) else (given, variance_fraction)
+
+
 def sample(
-    denoise: Denoise,
+    denoise: PredictStep,
     z: Array,
     schedule: Schedule,
     num_steps: int | Array,
@@ -69,8 +82,9 @@ def sample(
     """Returns images (B, H, W, C) from noise z at t = 1 by `num_steps` equal steps in t; the last returns x_hat.
 
     `keys` (B,) are typed PRNG keys, one per image: the noise of image k in step i comes from fold_in(keys[k], i) and
-    so depends neither on the batch nor on its place in it. `num_steps` (int >= 1) and `variance_fraction` (in [0, 1])
-    may be traced. `clip` limits x_hat to [-1, 1] at each step. ValueError for missing or misshapen keys.
+    so depends neither on the batch nor on its place in it. `variance_fraction` (in [0, 1]) counts where the network
+    does not learn the variance; it and `num_steps` (int >= 1) may be traced. `clip` limits x_hat to [-1, 1] at each
+    step. ValueError for missing or misshapen keys.
     """
     check_num_steps(num_steps)
     image_keys = check_keys(keys, z, "ancestral")
@@ -78,11 +92,9 @@ def sample(
     def body(i: Array, z: Array) -> Array:
         t, s = step_times(i, num_steps)
         log_snr_t, log_snr_s = schedule.log_snr(t), schedule.log_snr(s)
-        x_hat = denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1]))
+        x_hat, fraction = prediction(denoise(z, jnp.broadcast_to(log_snr_t, z.shape[:1])), variance_fraction)
         if clip:
             x_hat = jnp.clip(x_hat, -1.0, 1.0)
-        return jnp.where(
-            s > 0, step(x_hat, z, step_noise(image_keys, i, z), log_snr_t, log_snr_s, variance_fraction), x_hat
-        )
+        return jnp.where(s > 0, step(x_hat, z, step_noise(image_keys, i, z), log_snr_t, log_snr_s, fraction), x_hat)
 
     return jax.lax.fori_loop(0, num_steps, body, z)

@@ -16,13 +16,15 @@ class TrainState:
     """What training changes and a checkpoint keeps.
 
     step: () int32, updates done. params: the network's parameters. ema: their moving average, or None.
-    optimizer: the optax state. In a checkpoint every field but `step` is an item of its own.
+    optimizer: the optax state. memory: what a method keeps between updates besides, or None. In a checkpoint every
+    field but `step` is an item of its own.
     """
 
     step: jax.Array
     params: Params
     ema: Params | None
     optimizer: optax.OptState
+    memory: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Updater:
             decay = ema_decay(self.optimization, step)
             ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
         metrics = {"gradient_norm": optax.tree.norm(grads).astype(jnp.float32), "learning_rate": rate}
-        return TrainState(step=step, params=params, ema=ema, optimizer=optimizer), metrics
+        return dataclasses.replace(state, step=step, params=params, ema=ema, optimizer=optimizer), metrics
 
     def averaged(self, state: TrainState) -> Params:
         """The moving average where there is one, otherwise the parameters."""

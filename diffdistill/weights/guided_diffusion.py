@@ -1,4 +1,4 @@
-"""The published networks of Dhariwal & Nichol 2021 (openai/guided-diffusion): state dicts of torch.save."""
+"""State dicts in the layout of openai/guided-diffusion (Dhariwal & Nichol 2021), that of P2 (Choi et al. 2022) too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffdistill.diffusion import parameterisation, schedules
 from diffdistill.models import architectures
 from diffdistill.weights import WeightsError, torch_file
 from diffdistill.weights.imported import LOWEST_RESOLUTION, ImportedModel, Tensors, convert, sha256
@@ -27,62 +28,64 @@ _LAYERS = {
 }
 
 
-def read(path: Path, *, image_size: int = 0) -> ImportedModel:
-    """The network of a state dict on the cosine schedule and with heads of 64 channels, as that of ImageNet-64.
+def read(path: Path, *, image_size: int = 0, prediction: str = "") -> ImportedModel:
+    """The network of a state dict, with heads of 64 channels; its learned variance comes with it.
 
     Args:
-      path: such as 64x64_diffusion.pt.
+      path: such as 64x64_diffusion.pt or ffhq_p2.pt.
       image_size: side of its images; 0: such that the lowest of its resolutions is 8, as in all that are published.
+      prediction: "iddpm", the cosine schedule and queries, keys and values one after the other, as the network of
+        ImageNet-64; or "ddpm", the linear schedule and them by heads, as those of 128 pixels and more and all of P2. No
+        tensor tells; empty: by the number of levels.
 
     Raises:
-      WeightsError: no such file, damaged, naming code, or another network; the message names the tensor. Those of 128
-        pixels and more are refused: they run on a linear schedule and order their queries, keys and values in another
-        way, and no tensor tells.
+      WeightsError: no such file, damaged, naming code, or another network; the message names the tensor.
     """
+    if prediction and prediction not in _SPLITS:
+        raise WeightsError(f"prediction {prediction!r} is none of guided-diffusion's: {', '.join(_SPLITS)}.")
     content = torch_file.read_state_dict(path)
     try:
         other = sorted(str(name) for name, value in content.items() if not isinstance(value, np.ndarray))
         if other:
             raise WeightsError(f"its entries {', '.join(other[:5])} are no tensors; save the state dict alone")
         tensors = {str(name): value for name, value in content.items()}
-        return _import(path, tensors, image_size)
+        return _import(path, tensors, image_size, prediction)
     except WeightsError as error:
         raise WeightsError(f"{path} is refused: {error}.") from error
 
 
-def _import(path: Path, tensors: Tensors, image_size: int) -> ImportedModel:
+def _import(path: Path, tensors: Tensors, image_size: int, prediction: str) -> ImportedModel:
     levels, count = _stack(tensors)
     native = LOWEST_RESOLUTION << levels - 1
     size = image_size or native
-    if max(size, native) > 64:
-        raise WeightsError(
-            f"its network has {levels} levels, as those for images of {native} pixels; of this family only that of 64 "
-            "is on the cosine schedule and supported"
-        )
+    prediction = prediction or ("iddpm" if native <= 64 else "ddpm")
     model, modules = _settings(tensors, levels, count, size), _modules(tensors, levels, count)
     channels = _shape(tensors, "input_blocks.0.0.weight")[1]
-    if _shape(tensors, "out.2.weight")[0] == 2 * channels:
-        # The second half of the outputs is the variance of Nichol & Dhariwal 2021, which no sampler here reads.
-        tensors |= {name: tensors[name][:channels] for name in ("out.2.weight", "out.2.bias")}
+    outputs = _shape(tensors, "out.2.weight")[0]
+    if outputs not in (channels, 2 * channels):
+        raise WeightsError(
+            f"it puts out {outputs} channels for images of {channels}: neither noise nor noise and variance"
+        )
     num_classes = 0
     if "label_emb.weight" in tensors:
         num_classes = len(tensors["label_emb.weight"])
         tensors["label_emb.weight"] = tensors["label_emb.weight"].T
-    network = architectures.build(**model, output_channels=channels, num_classes=num_classes)
+    network = architectures.build(**model, output_channels=outputs, num_classes=num_classes)
     image_shape = (size, size, channels)
+    levels_of_noise = schedules.get(parameterisation.TABLES[prediction], log_snr_min=-60.0, log_snr_max=60.0)
+    sigma_min, sigma_max = levels_of_noise.sigma_range()
     return ImportedModel(
         source="guided-diffusion",
         sha256=sha256(path),
-        model=model,
+        model=model | {"learned_variance": outputs > channels},
         network=network,
-        params=convert(tensors, network, image_shape, modules, _LAYERS, _split),
-        prediction="iddpm",
+        params=convert(tensors, network, image_shape, modules, _LAYERS, _SPLITS[prediction]),
+        prediction=prediction,
         prediction_settings={},
         image_shape=image_shape,
         num_classes=num_classes,
-        # Ends of the table of Nichol & Dhariwal 2021 (Karras et al. 2022, table 1: u_999 and u_0).
-        sigma_min=0.00642541,
-        sigma_max=20291.17,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
     )
 
 
@@ -154,6 +157,14 @@ def _modules(tensors: Tensors, levels: int, count: int) -> dict[str, str]:
     return names
 
 
-def _split(value: NDArray[Any], heads: int, index: int) -> NDArray[Any]:
-    """All queries, then all keys, then all values: the order of the network of 64 pixels."""
+def _by_kind(value: NDArray[Any], heads: int, index: int) -> NDArray[Any]:
+    """All queries, then all keys, then all values."""
     return value.reshape(3, -1, *value.shape[1:])[index]
+
+
+def _by_heads(value: NDArray[Any], heads: int, index: int) -> NDArray[Any]:
+    """Head by head its queries, keys and values."""
+    return value.reshape(heads, 3, -1, *value.shape[1:])[:, index].reshape(-1, *value.shape[1:])
+
+
+_SPLITS = {"iddpm": _by_kind, "ddpm": _by_heads}

@@ -24,7 +24,7 @@ def import_weights(source: str, path: str | Path, **options: str | int) -> Impor
         (msgpack of google-research/diffusion_distillation).
       path: the file.
       options: what its format leaves open, for other files than the published ones: image_size (guided-diffusion,
-        progressive) and prediction (progressive).
+        progressive) and prediction (progressive, guided-diffusion).
 
     Raises:
       WeightsError: an unknown source or an option that it does not have, no such file, damaged, naming code, or a

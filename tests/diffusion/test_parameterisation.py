@@ -31,7 +31,7 @@ def test_the_target_gives_back_the_data(name, batch):
     output = parameterisation.get(name)
     x_hat = output.to_x(output.target(x, eps, LOG_SNR), z, LOG_SNR)
     assert x_hat.dtype == jnp.float32
-    loss = 1 / process.alpha(LOG_SNR) if name in ("eps", "vp", "ve", "iddpm") else 1.0
+    loss = 1 / process.alpha(LOG_SNR) if name in ("eps", "vp", "ve", "iddpm", "ddpm") else 1.0
     assert (worst(x_hat - x) <= ROUNDING * loss).all()
 
 

@@ -102,7 +102,12 @@ def test_closed_forms_over_the_whole_range():
         "snr_plus_one": 1 + ratio,
         "p2": ratio / (1 + ratio),
         "min_snr": np.minimum(ratio, 5),
+        "max_snr": np.maximum(ratio, 1),
+        "soft_min_snr": 5 * ratio / (5 + ratio),
+        "debiased": np.sqrt(ratio),
         "edm": (s**2 + 0.25) / (s * 0.5) ** 2,
+        "vdm": ratio / 2,
+        "sigmoid": ratio / 2 / (1 + np.exp(log_snr - 2)),
     }
     assert set(expected) == set(weighting.WEIGHTS)
     for name, values in expected.items():

@@ -17,11 +17,11 @@ from diffdistill.weights import WeightsError
 from diffdistill.weights.imported import parameter_shapes
 from diffdistill.weights.sources import import_weights
 
-GUIDED = np.load(pathlib.Path(__file__).with_name("golden_guided_diffusion.npz"))
+GUIDED, P2 = (np.load(pathlib.Path(__file__).with_name(f"golden_{name}.npz")) for name in ("guided_diffusion", "p2"))
 
 
-def guided_tensors() -> dict[str, np.ndarray]:
-    return {name: drawn(name, tuple(shape)) for name, shape in json.loads(str(GUIDED["shapes"])).items()}
+def guided_tensors(golden=GUIDED) -> dict[str, np.ndarray]:
+    return {name: drawn(name, tuple(shape)) for name, shape in json.loads(str(golden["shapes"])).items()}
 
 
 def test_guided_diffusion_is_the_reference(tmp_path):
@@ -34,7 +34,25 @@ def test_guided_diffusion_is_the_reference(tmp_path):
     times = jnp.asarray([3.0, 700.0])
     with jax.default_matmul_precision("highest"):
         output = jax.jit(imported.network.apply)({"params": imported.params}, GUIDED["x"], times, jnp.asarray([2, 0]))
-    np.testing.assert_allclose(output, GUIDED["raw"][..., :3], atol=2e-5)
+    np.testing.assert_allclose(output, GUIDED["raw"], atol=2e-5)
+    assert imported.model["learned_variance"]
+    assert (imported.sigma_min, imported.sigma_max) == pytest.approx((0.00642541, 20291.17), rel=1e-5)
+
+
+def test_the_layout_of_p2_is_the_reference(tmp_path):
+    """The linear schedule, the variance in the outputs, and queries, keys and values ordered by heads."""
+    path = torch_zip.write(tmp_path / "ffhq_p2.pt", guided_tensors(P2))
+    imported = import_weights("guided-diffusion", path, prediction="ddpm")
+    assert (imported.image_shape, imported.num_classes) == ((16, 16, 3), 0)
+    assert imported.model["learned_variance"]
+    assert imported.model["blocks_per_level"] == 1
+    with jax.default_matmul_precision("highest"):
+        output = jax.jit(imported.network.apply)({"params": imported.params}, P2["x"], jnp.asarray([3.0, 700.0]))
+    np.testing.assert_allclose(output, P2["raw"], atol=2e-5)
+    # The noise and log-SNR of spec 05: index 999 of the linear table.
+    assert -2 * np.log(imported.sigma_max) == pytest.approx(-10.1177, abs=1e-4)
+    with pytest.raises(WeightsError, match="'v' is none of guided-diffusion's: iddpm, ddpm"):
+        import_weights("guided-diffusion", path, prediction="v")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +70,7 @@ def test_guided_diffusion_is_the_reference(tmp_path):
         ),
         (lambda t: t.update({"alien.weight": np.zeros(3)}), {}, r"has the tensor alien.weight \(3,\)"),
         (lambda t: t.update({"input_blocks.4.1.qkv.weight": np.zeros((9, 256, 1))}), {}, "3 x 256 rows are needed"),
-        (lambda t: None, {"image_size": 128}, "only that of 64"),
+        (lambda t: t.update({"out.2.weight": np.zeros((5, 128, 3, 3))}), {}, "puts out 5 channels for images of 3"),
         (lambda t: t.clear(), {}, "other means than residual blocks"),
     ],
 )
