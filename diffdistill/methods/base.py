@@ -23,7 +23,7 @@ Loss = Callable[[Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, j
 
 LOG_SNR_BINS = 8
 _LOG_SNR_RANGE = (-20.0, 20.0)
-_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation")
+_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation", "latent")
 
 
 class Updater(Protocol):
@@ -71,18 +71,18 @@ def from_loss(
     def step(
         state: State, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
     ) -> tuple[State, Metrics]:
-        grads, metrics = _gradient(loss, parts)(state.params, frozen, batch, key, arguments)
+        grads, metrics = gradient(loss, parts)(state.params, frozen, batch, key, arguments)
         state, more = updater.apply(state, grads, arguments["num_updates"])
         return state, {**metrics, **more}
 
     return Method(name, lambda key, sources: updater.init(init_params(key, sources)), step, updater.averaged)
 
 
-def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
+def gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
     """(params, frozen, batch, key, arguments) -> (gradient of the mean loss over all parts, mean metrics)."""
-    gradient = jax.grad(loss, has_aux=True)
+    whole = jax.grad(loss, has_aux=True)
     if parts == 1:
-        return gradient
+        return whole
 
     def accumulated(
         params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
@@ -92,7 +92,7 @@ def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
 
         def add(total: Params, index: jax.Array) -> tuple[Params, Metrics]:
             part = jax.tree.map(lambda rows: rows[:, index], split)
-            grads, metrics = gradient(params, frozen, part, jax.random.fold_in(key, index), arguments)
+            grads, metrics = whole(params, frozen, part, jax.random.fold_in(key, index), arguments)
             return jax.tree.map(lambda t, g: t + g / parts, total, grads), metrics
 
         total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(parts))
@@ -166,11 +166,17 @@ def weighted_loss(
     """
     errors = jnp.mean(jnp.square(x_hat - target), axis=tuple(range(1, x_hat.ndim)))
     losses = weight(log_snr) * errors
-    low, high = _LOG_SNR_RANGE
+    loss = jnp.mean(losses)
+    return loss, {"loss": loss, "loss_by_log_snr": by_log_snr(losses, log_snr)}
+
+
+def by_log_snr(
+    values: jax.Array, log_snr: jax.Array, low: float = _LOG_SNR_RANGE[0], high: float = _LOG_SNR_RANGE[1]
+) -> jax.Array:
+    """(LOG_SNR_BINS,) means of values (B,) over equal bins of log-SNR from `low` to `high`; NaN where there is none.
+
+    Values beyond an end count in the bin next to it.
+    """
     index = jnp.clip(((log_snr - low) / (high - low) * LOG_SNR_BINS).astype(jnp.int32), 0, LOG_SNR_BINS - 1)
     member = jax.nn.one_hot(index, LOG_SNR_BINS)
-    loss = jnp.mean(losses)
-    return loss, {
-        "loss": loss,
-        "loss_by_log_snr": (losses @ member) / jnp.sum(member, axis=0),
-    }
+    return (values @ member) / jnp.sum(member, axis=0)
