@@ -40,7 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
     flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
     flags.DEFINE_string(
-        "sampler", "", "sample: ddim, ancestral, euler, heun, churn or ablation (default from the config)."
+        "sampler", "", "sample: ddim, ancestral, euler, heun, churn, ablation or one_step (default: of the config)."
     )
     flags.DEFINE_integer("num", 0, "sample: number of images (default 100, or as many as there are latents).")
     flags.DEFINE_integer("seed", 0, "sample: number of the first image; image k depends on seed + k alone.")

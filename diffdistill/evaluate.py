@@ -22,7 +22,7 @@ from diffdistill.data.contract import Source
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.judges.contract import SHOWN, Judge, Measurement
-from diffdistill.sample import Generator, Samples, load_stage, samplers_for
+from diffdistill.sample import NOT_SHOWN, Generator, Samples, load_stage, samplers_for
 from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
@@ -42,7 +42,9 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
     guided = any(stage.conditioned_on_guidance for stage in stages)
     teacher_can = bool(config.model.conditional and config.teacher.label_dropout)
     chosen = [stage for stage in stages if not evaluation.stages or stage.name in evaluation.stages]
-    chosen = [stage for stage in chosen if stage.method != "encoder"]  # see --mode=transfer
+    # Encoders: see --mode=transfer. What a degradation knows is measured when asked for.
+    chosen = [stage for stage in chosen if stage.method not in NOT_SHOWN or stage.name in evaluation.stages]
+    chosen = [stage for stage in chosen if stage.method != "encoder"]
     samplers = evaluation.samplers or (config.sampling.sampler,)
     for w in evaluation.guidance if guided or teacher_can else (0.0,):
         for seed in evaluation.seeds or (default_seed(config.seed),):
@@ -54,7 +56,8 @@ def measurements(folder: Workdir, stages: tuple[Stage, ...], with_reference: boo
             for stage in chosen:
                 if w and not stage.conditioned_on_guidance and not chain.has_null_class(config, stage):
                     continue  # a chain without w distils the plain conditional model
-                if stage.conditioned_on_guidance and not config.guided.w_min <= w <= config.guided.w_max:
+                known = chain.guidance_range(config, stage)
+                if known and not known[0] <= w <= known[1]:
                     continue
                 # A round is measured at its own number of steps, whatever the list says.
                 steps = (stage.num_steps,) if stage.num_steps else evaluation.num_steps

@@ -28,6 +28,9 @@ from diffdistill.models.denoiser import Condition, Denoiser, guided
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir
 
+# Stages that are no generators of the data: one leads from images to noise, one knows the samples of a generator.
+NOT_SHOWN = ("encoder", "degradation")
+
 
 class SampleError(ValueError):
     """Samples were asked for that this model cannot give; the message says what it can."""
@@ -182,6 +185,8 @@ class Generator:
             raise SampleError(f"num_steps is {num_steps}; give a number of at least 1.")
         if sampler not in samplers.SAMPLERS:
             raise SampleError(f"sampler is {sampler!r}; known are {', '.join(samplers.SAMPLERS)}.")
+        if sampler == "one_step" and num_steps != 1:
+            raise SampleError(f"num_steps is {num_steps}, but sampler one_step evaluates the network once: give 1.")
         if not math.isfinite(w):
             raise SampleError(f"w is {w}; give a finite guidance weight (0 is no guidance).")
         if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
@@ -290,6 +295,8 @@ def _compiled(
 
 def samplers_for(stage: Stage, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the samplers `wanted` that suit a stage; a round of halving has learnt the steps of one sampler."""
+    if stage.method in ("disback", "diff_instruct"):
+        return ("one_step",)
     if stage.method == "stochastic":
         return ("stochastic",)
     suitable = tuple(name for name in wanted if not stage.num_steps or name in samplers.SCHEDULED)
@@ -322,7 +329,7 @@ def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]
 def load_from(opened: Workdir, stage: str = "") -> Generator:
     """The same as `load` of an opened run, which may be sampled otherwise than it was to be (Workdir.measured_as)."""
     done = list(runner.finished(opened))
-    sampled = [each for each in done if each.method != "encoder"]
+    sampled = [each for each in done if each.method not in NOT_SHOWN]
     chosen = [each for each in done if each.name == stage] if stage else sampled[-1:]
     if not chosen:
         names = ", ".join(each.name for each in done) or "none"
@@ -331,20 +338,20 @@ def load_from(opened: Workdir, stage: str = "") -> Generator:
     return load_stage(opened, chosen[0])
 
 
-def load_stage(folder: Workdir, stage: Stage) -> Generator:
-    """A finished stage of an opened run, ready to sample."""
+def load_stage(folder: Workdir, stage: Stage, update: int | None = None) -> Generator:
+    """A stage of an opened run, ready to sample: as it is, or as it was at the checkpoint of an update."""
     config = folder.config
     return Generator(
         name=stage.name,
         denoiser=chain.denoiser_of(config, stage, folder.facts),
-        params=runner.read_params(folder, stage, meshes.make_mesh()),
+        params=runner.read_params(folder, stage, meshes.make_mesh(), update),
         schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
         has_null_class=chain.has_null_class(config, stage),
         sampler=samplers_for(stage, (config.sampling.sampler,))[0],
         clip=config.sampling.clip,
-        settings=dataclasses.asdict(config.sampling),
+        settings={**dataclasses.asdict(config.sampling), "sigma_init": config.disback.sigma_init},
         quantisation=config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,

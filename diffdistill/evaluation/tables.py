@@ -46,7 +46,7 @@ METRICS = {
 DOMAIN = ("frechet_to_data", "frechet_to_teacher")
 NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
 DISTILLED, STOCHASTIC = "distilled students", "stochastic students"
-_SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler"}
+_SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler", "one_step": "one step"}
 _ROUND = re.compile(r"(round|stochastic)_\d+_steps_(\d+)")
 
 
@@ -128,7 +128,7 @@ def row_label(stage: str, num_steps: int, sampler: str | None = None) -> str:
         students = DISTILLED if match[1] == "round" else STOCHASTIC
         base = students if int(match[2]) == num_steps else stage
     else:
-        base = {"guided": "guided student"}.get(stage, stage)
+        base = {"guided": "guided student", "one_step": "one-step generator"}.get(stage, stage)
     return f"{base} ({_SAMPLERS.get(sampler, sampler)})" if sampler else base
 
 

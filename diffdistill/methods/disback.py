@@ -142,7 +142,7 @@ def distillation(
                 grads, found = denoising(learnt.params, {"generator": state.params}, batch, own, arguments)
                 learnt, more = fake_updater.apply(learnt, grads, fake_updates * arguments["num_updates"])
                 metrics.update(found, fake_gradient_norm=more["gradient_norm"])
-            return state.replace(fake=learnt)
+            return _roles(state, learnt)
 
         def follow(state: Roles) -> Roles:
             read = {"teacher": frozen["teacher"], "fake": state.fake.params}
@@ -158,12 +158,13 @@ def distillation(
     return base.Method(name, init, step, updater.averaged)
 
 
-def path_index(update: int, path: int, leg: int) -> int:
-    """The number of the target after `update` finished updates: from path - 1 down to 0, which is the teacher.
+def turns(path: int, leg: int) -> tuple[tuple[int, int], ...]:
+    """(first update, number of the checkpoint) of every target of `distillation`, in order; the last is 0, the teacher.
 
-    Every target but the last is kept for `leg` updates. A path of 0 or 1 has the teacher alone.
+    The fake denoiser starts at checkpoint `path`; the targets are path - 1 down to 0, each but the last for `leg`
+    updates. A path of 0 or 1 has the teacher alone.
     """
-    return max(path - 1 - update // leg, 0)
+    return tuple((position * leg, max(path, 1) - 1 - position) for position in range(max(path, 1)))
 
 
 def _roles(generator: base.State, fake: base.State) -> Roles:

@@ -1,7 +1,5 @@
 """DisBack and Diff-Instruct on Gaussians: three roles, what each learns, and what is compiled."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from gaussians import SHAPE, denoiser, params, posterior_mean
 from diffdistill.diffusion import noise, process, weighting
 from diffdistill.methods import base, disback, score_distillation
 from diffdistill.samplers import one_step
+from diffdistill.training.relay import Relay
 from diffdistill.training.state import Optimization, Updater
 
 MODEL = denoiser()
@@ -120,10 +119,9 @@ def test_stage_two_starts_as_it_is_told_and_bit_for_bit(path):
     assert int(state.step) == 0
 
 
-def test_the_index_of_the_target_is_a_function_of_the_update_alone():
-    assert [disback.path_index(update, 3, 2) for update in range(7)] == [2, 2, 1, 1, 0, 0, 0]
-    assert [disback.path_index(update, 1, 2) for update in range(3)] == [0, 0, 0]
-    assert [disback.path_index(update, 0, 2) for update in range(3)] == [0, 0, 0]
+def test_the_targets_count_down_to_the_teacher_which_stays():
+    assert disback.turns(3, 2) == ((0, 2), (2, 1), (4, 0))
+    assert disback.turns(1, 2) == disback.turns(0, 2) == ((0, 0),)
 
 
 def test_the_generator_comes_to_make_what_the_teacher_knows(path):
@@ -133,9 +131,11 @@ def test_the_generator_comes_to_make_what_the_teacher_knows(path):
     before = moments(TEACHER)
     assert np.abs(before[1] - std).max() > 0.2
     for end, walk in ((checkpoints[-1], True), (TEACHER, False)):
+        turns = disback.turns(4 if walk else 0, 40)
         state = distillation().init(jax.random.key(0), {"generator": TEACHER, "fake": end})
-        number = functools.partial(disback.path_index, path=4 if walk else 0, leg=40)
-        state, rows = run(distillation(), state, lambda n, of=number: {"teacher": checkpoints[of(n)]}, 300)
+        relay = Relay([update for update, _ in turns], lambda n, turns=turns: {"teacher": checkpoints[turns[n][1]]})
+        state, rows = run(distillation(), state, relay.at, 300)
+        relay.close()
         found = moments(state.params)
         np.testing.assert_allclose(found[0], mean, atol=0.06)
         np.testing.assert_allclose(found[1], std, atol=0.06)
