@@ -4,9 +4,9 @@
     python main.py --config=configs/disback.py:cifar10 --workdir=runs/disback_cifar10 --config.data.path=PATH
 
 Rows: digits, fashion (both for a CPU or any GPU), cifar10, ffhq64, imagenet64. Append "-baseline" for Diff-Instruct
-(Luo et al. 2023), the same without a path (--config.disback.path=0), and "-smoke" for a few tiny updates on the embedded
-digits. The teachers are those of configs/digits.py:edm, configs/fashion_mnist.py and configs/edm.py, configuration F; an
-imported one goes on with --config=configs/workdir.py:FOLDER and the fields of config.disback.
+(Luo et al. 2023), the same without a path (--config.disback.path=0), and "-smoke" for a few tiny updates on the
+embedded digits. The teachers are those of configs/digits.py:edm, configs/fashion_mnist.py and configs/edm.py,
+configuration F; an imported one goes on with --config=configs/workdir.py:FOLDER and the fields of config.disback.
 
 Optimiser, training noise, order and averages are Diff-Instruct's. There is no public code of DisBack for these data
 sets: the length of the path, its rate and legs, sigma_init of the digits and all numbers of updates are our choice.

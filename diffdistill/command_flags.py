@@ -30,13 +30,14 @@ def define_flags() -> None:
         "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
         "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
         "how fast the teacher trains here. transfer: images of one class become another (--encoder, --decoder, "
-        "--source_class, --labels).",
+        "--source_class, --labels). trajectory: measures the kept checkpoints of --stage (default one_step) and plots "
+        "distance against updates and time.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
     )
     flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
-    flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
+    flags.DEFINE_string("stage", "", "sample, trajectory: the stage (default the last finished one, and one_step).")
     flags.DEFINE_integer("steps", 0, "sample: sampler steps (default what the stage was trained for).")
     flags.DEFINE_float("w", 0.0, "sample: guidance weight of (1 + w) conditional - w unconditional; 0 is no guidance.")
     flags.DEFINE_string(

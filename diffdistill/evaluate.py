@@ -109,7 +109,7 @@ def evaluate(
         return
     todo = list(measurements(folder, stages, judge.needs_reference))
     done = results.finished(results.read(folder.path / RESULTS))
-    models = {stage.name: _Model(folder, judge, load_stage(folder, stage)) for stage in {item.stage for item in todo}}
+    models = {stage.name: Model(folder, judge, load_stage(folder, stage)) for stage in {item.stage for item in todo}}
     wanted = {item: models[item.stage.name].unmeasured(item, done) for item in todo}
     open_items = {item for item in todo if wanted[item] or not _pictures_exist(folder, item)}
     # The reference is needed for whatever else is missing at the same w and seed.
@@ -130,7 +130,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """A stage that is being measured."""
 
     folder: Workdir
