@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from configs import guided, progressive
+from configs import disback, guided, progressive
 from diffdistill import chain, config, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
@@ -163,6 +163,7 @@ ROWS = {
     "fashion_mnist": ["", "smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
+    "disback": [f"{row}{variant}" for row in disback.ROWS for variant in disback.VARIANTS],
 }
 
 

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
+from configs import disback as disback_rows
 from diffdistill import chain, judges, plan, runner, trajectory
 from diffdistill.chain import DataFacts
 from diffdistill.config import ConfigError, default_config, resolve, smoke
@@ -344,3 +345,19 @@ def test_what_makes_no_sense_is_refused(changes, said):
 def test_a_network_that_predicts_noise_does_not_start_where_all_is_noise():
     with pytest.raises(ConfigError, match="no longer determines one"):
         resolve(variant(model={"prediction": "eps"}, disback={"sigma_init": 0.0}))
+
+
+def test_the_rows_end_in_a_generator_and_their_baselines_differ_by_the_path_alone():
+    for row in disback_rows.ROWS:
+        whole, baseline = (resolve(_with_path(disback_rows.get_config(f"{row}{end}"))) for end in ("", "-baseline"))
+        assert [stage.name for stage in chain.plan(whole)] == ["teacher", "degradation", "one_step"]
+        assert [stage.method for stage in chain.plan(baseline)] == ["teacher", "diff_instruct"]
+        alike = dataclasses.replace(whole, name=baseline.name, disback=dataclasses.replace(whole.disback, path=0))
+        assert alike == baseline
+        updater = chain.updater_of(chain.plan(whole)[-1]).optimization
+        assert (updater.b1, updater.b2, updater.gradient_clip) == (0.0, 0.999, 0.0)
+
+
+def _with_path(settings):
+    settings.data.path = "" if settings.data.source == "digits" else "/data"
+    return settings

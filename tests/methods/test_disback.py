@@ -186,7 +186,7 @@ def test_the_first_update_follows_the_exact_signal():
     )
     state = method.init(jax.random.key(0), {"generator": TEACHER, "fake": fake})
     key = jax.random.key(8)
-    found, _ = method.step(state, {"teacher": TEACHER}, BATCH, key, ARGUMENTS)
+    found, _ = jax.jit(method.step)(state, {"teacher": TEACHER}, BATCH, key, ARGUMENTS)
 
     random = base.streams(jax.random.fold_in(key, 0))
     eps = jax.random.normal(random["latent"], (512, *SHAPE))
@@ -210,7 +210,7 @@ def test_cadence_and_order(fake_first):
     """So many updates of the fake denoiser to one of the generator, which sees the newest only if it comes last."""
     method = distillation(fake_updates=3, fake_first=fake_first)
     sources = {"generator": TEACHER, "fake": TEACHER}  # equal to the target: only a fake that has learnt says anything
-    state, _ = method.step(
+    state, _ = jax.jit(method.step)(
         method.init(jax.random.key(0), sources), {"teacher": TEACHER}, BATCH, jax.random.key(1), ARGUMENTS
     )
     assert (int(state.step), int(state.fake.step)) == (1, 3)

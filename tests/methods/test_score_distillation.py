@@ -34,6 +34,7 @@ def test_the_gradient_of_diff_instruct_is_that_of_the_divergence_of_the_noised_d
     eps = jax.random.normal(jax.random.key(0), (size, 2))
     log_snr = jnp.full((size,), process.log_snr_from_ve_sigma(sigma))
 
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradient(m, a):
         return score_distillation.diff_instruct(samples(m, a, eps), teacher, fake, log_snr, jax.random.key(1))[0]
