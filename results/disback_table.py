@@ -89,10 +89,8 @@ def table(runs: dict[int, dict[int, Records]]) -> str:
             )
             for records, (updates, _) in zip(seeds.values(), best, strict=True)
         ]
-        when = [reached(records, bests[seed][1]) for seed, records in seeds.items() if seed in bests]
-        ratios = [
-            bests[seed][0] / at for seed, at in zip(seeds, when, strict=False) if at is not None and seed in bests
-        ]
+        when = {seed: reached(records, bests[seed][1]) for seed, records in seeds.items() if seed in bests}
+        ratios = [bests[seed][0] / at for seed, at in when.items() if at is not None]
         cells = (
             str(path) if path else "0 (Diff-Instruct)",
             text([distance for _, distance in best], 3),
