@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffdistill import chain_disback
 from diffdistill.config import (
     Config,
     ConfigError,
+    DisbackConfig,
     GuidedConfig,
+    LevelsConfig,
     ModelConfig,
     OptimizationConfig,
     ProcessConfig,
@@ -25,15 +28,16 @@ from diffdistill.config import (
     TeacherConfig,
 )
 from diffdistill.data import augmentation
-from diffdistill.diffusion import conditioning, noise, parameterisation, schedules, weighting
+from diffdistill.diffusion import conditioning, parameterisation, schedules, weighting
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.methods import Method, base
+from diffdistill.methods import Method, base, disback
 from diffdistill.methods.encoder import encoder_halving
 from diffdistill.methods.guided import distillation
 from diffdistill.methods.progressive import halving
 from diffdistill.methods.teacher import teacher
 from diffdistill.models import architectures
 from diffdistill.models.denoiser import Denoiser
+from diffdistill.samplers import one_step
 from diffdistill.training.state import Optimization, Updater
 
 _MEAN_POINTS = 100_000  # noise levels over which a weight is averaged: whole multiples of the usual tables
@@ -45,11 +49,13 @@ class Stage:
 
     Attributes:
       name: also its folder in the workdir.
-      method: teacher, guided, progressive, stochastic or encoder; also the name of its part of the config.
+      method: teacher, guided, progressive, stochastic, encoder, degradation, disback or diff_instruct.
       teacher: the name of the earlier stage that it learns from; empty for a stage that learns from data alone.
       num_steps: sampler steps of the student; 0 where the model is not tied to a number of steps.
       num_updates, settings: its length and its part of the config.
       conditioned_on_guidance: whether the network has an embedding of w.
+      generator: of score distillation, the name of the earlier stage that is the generator at first.
+      path: of a generator, the name of the stage whose checkpoints are its targets before the teacher.
     """
 
     name: str
@@ -59,6 +65,13 @@ class Stage:
     num_updates: int
     settings: OptimizationConfig
     conditioned_on_guidance: bool
+    generator: str = ""
+    path: str = ""
+
+    @property
+    def group(self) -> str:
+        """The name of its part of the config."""
+        return "disback" if isinstance(self.settings, DisbackConfig) else self.method
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class DataFacts:
 
 
 def plan(config: Config) -> tuple[Stage, ...]:
-    """The stages of a config: teacher, the guided student where asked for, then the rounds of each kind of halving."""
+    """The stages of a config: teacher, guided student, rounds of each kind of halving, then a one-step generator."""
     stages = [Stage("teacher", "teacher", "", 0, config.teacher.num_updates, config.teacher, False)]
     guided = config.guided.num_updates > 0
     if guided:
@@ -81,7 +94,21 @@ def plan(config: Config) -> tuple[Stage, ...]:
     stages += _rounds("round", "progressive", config.progressive, first, guided)
     stages += _rounds("stochastic", "stochastic", config.stochastic, first, guided)
     stages += _rounds("encoder", "encoder", config.encoder, first, guided)
+    student = next((stage.name for stage in stages if stage.method == "progressive" and stage.num_steps == 1), "")
+    stages += _one_step(config.disback, first, student, guided)
     return tuple(stages)
+
+
+def _one_step(settings: DisbackConfig, teacher: str, student: str, guided: bool) -> Iterator[Stage]:
+    if not settings.num_updates:
+        return
+    generator = student if settings.start == "student" else teacher
+    method = "disback" if settings.path else "diff_instruct"
+    if settings.path:
+        path = chain_disback.path_settings(settings)
+        yield Stage("degradation", "degradation", teacher, 0, path.num_updates, path, guided, generator)
+    path_name = "degradation" if settings.path else ""
+    yield Stage("one_step", method, teacher, 1, settings.num_updates, settings, guided, generator, path_name)
 
 
 def _rounds(prefix: str, method: str, settings: ProgressiveConfig, teacher: str, guided: bool) -> Iterator[Stage]:
@@ -111,6 +138,8 @@ def full_steps(config: Config) -> int:
 
 def guidance_range(config: Config, stage: Stage) -> tuple[float, float] | None:
     """(w_min, w_max) of a stage with an embedding of w; None for any other."""
+    if stage.conditioned_on_guidance and isinstance(stage.settings, DisbackConfig) and stage.settings.guidance:
+        return stage.settings.guidance[0], stage.settings.guidance[-1]
     return (config.guided.w_min, config.guided.w_max) if stage.conditioned_on_guidance else None
 
 
@@ -210,13 +239,11 @@ def _sigma_data(name: str, model: ModelConfig) -> dict[str, float]:
 
 def noise_of(settings: TeacherConfig) -> Callable[[jax.Array], jax.Array] | None:
     """The distribution of the noise that a teacher trains on; None where its schedule is to say it."""
-    if settings.noise == "schedule":
-        return None
-    own = {
-        "lognormal": {"p_mean": settings.p_mean, "p_std": settings.p_std},
-        "ve": {"sigma_min": settings.noise_sigma_min, "sigma_max": settings.noise_sigma_max},
-    }
-    return noise.get(settings.noise, **own.get(settings.noise, {}))
+    return chain_disback.levels_of(
+        LevelsConfig(
+            settings.noise, settings.p_mean, settings.p_std, settings.noise_sigma_min, settings.noise_sigma_max
+        )
+    )
 
 
 def updater_of(stage: Stage) -> Updater:
@@ -230,6 +257,7 @@ def updater_of(stage: Stage) -> Updater:
             anneal=settings.anneal,
             weight_decay=settings.weight_decay,
             gradient_clip=settings.gradient_clip,
+            b1=settings.adam_b1,
             eps=settings.adam_eps,
             ema_decay=settings.ema_decay,
             ema_ramp=settings.ema_ramp,
@@ -253,9 +281,26 @@ def _anonymous(stage: Stage) -> Stage:
     return Stage("", stage.method, "", 0, 0, stage.settings, stage.conditioned_on_guidance)
 
 
+def origin_of(config: Config, stage: Stage, facts: DataFacts) -> disback.Origin:
+    """How the generator of a stage of score distillation makes its samples."""
+    with jax.ensure_compile_time_eval():
+        log_snr = float(one_step.log_snr_of(config.disback.sigma_init, schedule_of(config.process)))
+    return disback.Origin(denoiser_of(config, stage, facts), log_snr, guidance_range(config, stage))
+
+
 @functools.lru_cache(maxsize=8)
 def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     settings = stage.settings
+    if isinstance(settings, DisbackConfig):
+        return chain_disback.bind(
+            stage.method,
+            settings,
+            origin_of(config, stage, facts),
+            denoiser_of(config, stage, facts, dropout=settings.dropout),
+            schedule_of(config.process),
+            weight_of(config.model, settings.weight),
+            updater_of(stage),
+        )
     denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)
     schedule = schedule_of(config.process)
     weight, updater = stage_weight(config, settings), updater_of(stage)

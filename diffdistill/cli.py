@@ -69,7 +69,7 @@ def _main(arguments: list[str]) -> None:
     except ValueError as error:
         fail(str(error), EXIT_USAGE)
     # The other modes have nothing to save: a signal ends them as it ends any program.
-    interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics", "tune-variance")
+    interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics", "tune-variance", "trajectory")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
             mode = functools.partial(import_file, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]

@@ -33,13 +33,15 @@ def define_flags() -> None:
         "one class become another (--encoder, --decoder, --source_class, --labels). tune-variance: which variance "
         "fraction of the ancestral sampler is best for each number of steps of --config.evaluation.num_steps "
         "(--fractions: those to try). analyse: what is learnt at which signal-to-noise ratio (Choi et al. 2022): "
-        "weights of the config, distances of its noised images and, of a run, images sampled back from noise.",
+        "weights of the config, distances of its noised images and, of a run, images sampled back from noise. "
+        "trajectory: measures the kept checkpoints of --stage (default one_step) and plots distance against updates "
+        "and time.",
     )
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
     )
     flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
-    flags.DEFINE_string("stage", "", "sample: the stage (default the last finished one).")
+    flags.DEFINE_string("stage", "", "sample, trajectory: the stage (default the last finished one, and one_step).")
     flags.DEFINE_integer(
         "steps",
         0,
@@ -50,8 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "sampler",
         "",
-        "sample: ddim, ancestral, stochastic, respaced, respaced_ddim, euler, heun, churn or ablation (default from "
-        "the config).",
+        "sample: ddim, ancestral, stochastic, respaced, respaced_ddim, euler, heun, churn, ablation or "
+        "one_step (default from the config).",
     )
     flags.DEFINE_integer(
         "num",

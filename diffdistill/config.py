@@ -90,6 +90,7 @@ class OptimizationConfig:
     anneal: Literal["constant", "linear"] = "constant"  # constant | linear (to zero at the end of the stage)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
+    adam_b1: float = 0.9
     adam_eps: float = 1e-8
     ema_decay: float = 0.0  # 0: no average
     ema_ramp: bool = False  # decay min(ema_decay, (1 + n) / (10 + n)) at update n, for short runs
@@ -147,6 +148,46 @@ class EncoderConfig(ProgressiveConfig):
     """Rounds of halving of the encoder, from data to noise; num_updates = 0 leaves them out."""
 
     weight: str = "snr_plus_one"
+
+
+@dataclass(frozen=True)
+class LevelsConfig:
+    """The distribution of noise levels s = sigma / alpha (see diffusion.noise)."""
+
+    noise: str = "lognormal"  # schedule (at uniform t) | lognormal | karras | vp | ve | iddpm
+    p_mean: float = -1.2  # of lognormal
+    p_std: float = 1.2
+    sigma_min: float = 0.002  # of karras and ve
+    sigma_max: float = 80.0
+    first: float = 0.0  # of karras: the part of the way from sigma_min to sigma_max
+    last: float = 1.0
+
+
+@dataclass(frozen=True)
+class DisbackConfig(OptimizationConfig):
+    """A one-step generator by score distillation: DisBack, or, without a path, Diff-Instruct; 0 updates leave it out.
+
+    The fields of every stage are the generator's; batch size and parts are also those of the other two networks.
+    """
+
+    learning_rate: float = 1e-5
+    gradient_clip: float = 0.0
+    adam_b1: float = 0.0
+    weight: str = "edm"  # of the losses by which denoisers learn the generator's samples
+    signal: str = "diff_instruct"  # diff_instruct | dmd2 | sid (methods.score_distillation)
+    start: Literal["teacher", "student"] = "teacher"  # student: the progressive chain's of one step, with sigma_init=0
+    sigma_init: float = 1.0  # noise level of the generator's input; 0: the end of the process, t = 1
+    guidance: tuple[float, ...] = ()  # w or (w_min, w_max) of a w-conditioned teacher; empty: all that it knows
+    path: int = 10  # checkpoints of the degradation; 0: Diff-Instruct
+    interval: int = 100  # updates of the degradation between two of them
+    path_learning_rate: float = 1e-5
+    leg: int = 100  # updates of the generator for each target but the last, the teacher
+    fake_learning_rate: float = 1e-5
+    fake_updates: int = 1  # of the fake denoiser, for one of the generator
+    fake_first: bool = True
+    levels: LevelsConfig = field(default_factory=LevelsConfig)  # at which the generator is judged
+    fake_levels: LevelsConfig = field(default_factory=LevelsConfig)  # on which the other two learn
+    keep_every: int = 0  # checkpoints of the generator at multiples of it all stay; 0: as training.keep says
 
 
 @dataclass(frozen=True)
@@ -226,6 +267,7 @@ class Config:
     progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
     stochastic: ProgressiveConfig = field(default_factory=ProgressiveConfig)  # students of the stochastic sampler
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    disback: DisbackConfig = field(default_factory=DisbackConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -243,11 +285,14 @@ def smoke(config: Any) -> Any:
     model.channels, model.embedding, model.num_groups, model.blocks_per_level = 8, 16, 4, 1
     model.multipliers, model.attention_resolutions, model.dtype = (1, 2), (4,), "float32"
     model.num_heads, model.head_dim, model.noise_features, model.noise_frequencies = 1, 0, 0, ()
-    for stage in (config.teacher, config.guided, config.progressive, config.stochastic, config.encoder):
+    for stage in (config.teacher, config.guided, config.progressive, config.stochastic, config.encoder, config.disback):
         stage.num_updates, stage.batch_size = min(stage.num_updates, 6), 16
         stage.warmup_updates = min(stage.warmup_updates, 2)
     for halving in (config.progressive, config.stochastic, config.encoder):
         halving.start_steps, halving.end_steps, halving.final_num_updates = 4, 1, 0
+    disback = config.disback
+    disback.path, disback.interval, disback.leg = min(disback.path, 2), 2, 2
+    disback.keep_every = min(disback.keep_every, 3)
     config.training = ConfigDict({"updates_per_call": 2, "log_every": 2, "save_every": 3, "keep": 1})
     config.sampling.batch_size = 50
     # Domain features: nothing has to be fetched.

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
-from diffdistill import fields
+from diffdistill import config_checks_disback, fields
 from diffdistill.data.augmentation import LABELS as AUGMENTATION_FEATURES
 from diffdistill.diffusion import conditioning, noise, parameterisation, schedules, weighting
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
@@ -14,7 +14,7 @@ from diffdistill.fields import ConfigError
 from diffdistill.models import architectures, song_unet
 from diffdistill.samplers import SAMPLERS, heun, respaced, sigmas
 
-STAGES = ("teacher", "guided", "progressive", "stochastic", "encoder")
+STAGES = ("teacher", "guided", "progressive", "stochastic", "encoder", "disback")
 HALVINGS = ("progressive", "stochastic", "encoder")
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def check(config: Config) -> None:
     _check_names(config)
     _check_ranges(config)
     _check_combinations(config)
+    config_checks_disback.check(config)
 
 
 def _check_names(config: Config) -> None:
@@ -89,6 +90,7 @@ def _check_ranges(config: Config) -> None:
             least(f"{where}.{field_name}", getattr(stage, field_name), 0)
         least(f"{where}.weight_decay", stage.weight_decay, 0.0)
         least(f"{where}.gradient_clip", stage.gradient_clip, 0.0)
+        least(f"{where}.adam_b1", stage.adam_b1, 0.0, 0.999999)
         least(f"{where}.adam_eps", stage.adam_eps, 1e-30)
         least(f"{where}.dropout", stage.dropout, 0.0, 0.999)
         least(f"{where}.ema_decay", stage.ema_decay, 0.0, 0.999999)

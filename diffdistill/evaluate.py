@@ -23,7 +23,7 @@ from diffdistill.data.pipeline import gather
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.judges.contract import SHOWN, Judge, Measurement
-from diffdistill.sample import Generator, Samples, load_stage, samplers_for
+from diffdistill.sample import NOT_SHOWN, Generator, Samples, load_stage, samplers_for
 from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
@@ -46,7 +46,9 @@ def measurements(
     guided = any(stage.conditioned_on_guidance for stage in stages)
     teacher_can = bool(config.model.conditional and config.teacher.label_dropout)
     chosen = [stage for stage in stages if not evaluation.stages or stage.name in evaluation.stages]
-    chosen = [stage for stage in chosen if stage.method != "encoder"]  # see --mode=transfer
+    # Encoders: see --mode=transfer. What a degradation knows is measured when asked for.
+    chosen = [stage for stage in chosen if stage.method not in NOT_SHOWN or stage.name in evaluation.stages]
+    chosen = [stage for stage in chosen if stage.method != "encoder"]
     samplers = evaluation.samplers or (config.sampling.sampler,)
     for w in evaluation.guidance if guided or teacher_can else (0.0,):
         for seed in evaluation.seeds or (default_seed(config.seed),):
@@ -58,7 +60,8 @@ def measurements(
             for stage in chosen:
                 if w and not stage.conditioned_on_guidance and not chain.has_null_class(config, stage):
                     continue  # a chain without w distils the plain conditional model
-                if stage.conditioned_on_guidance and not config.guided.w_min <= w <= config.guided.w_max:
+                known = chain.guidance_range(config, stage)
+                if known and not known[0] <= w <= known[1]:
                     continue
                 # A round is measured at its own number of steps, whatever the list says.
                 steps = (stage.num_steps,) if stage.num_steps else evaluation.num_steps
@@ -115,7 +118,7 @@ def evaluate(
     todo = list(measurements(folder, stages, judge.needs_reference, full_length=into == RESULTS))
     done = results.finished(results.read(folder.path / into))
     models = {
-        stage.name: _Model(folder, judge, with_examples(load_stage(folder, stage), source), into)
+        stage.name: Model(folder, judge, with_examples(load_stage(folder, stage), source), into)
         for stage in {item.stage for item in todo}
     }
     wanted = {item: models[item.stage.name].unmeasured(item, done) for item in todo}
@@ -182,7 +185,7 @@ def with_examples(generator: Generator, source: Source | None) -> Generator:
 
 
 @dataclass(frozen=True)
-class _Model:
+class Model:
     """A stage that is being measured."""
 
     folder: Workdir

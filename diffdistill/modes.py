@@ -82,6 +82,28 @@ def _tune_variance(interrupt: Any) -> None:
     tune_variance.search(folder, source, fractions, interrupt, inception_weights=FLAGS.inception_weights, say=say)
 
 
+def _trajectory(interrupt: Any) -> None:
+    from diffdistill import runner, trajectory, workdir
+    from diffdistill.data.pipeline import in_memory
+    from diffdistill.training.mesh import is_main
+
+    config = _config()
+    folder = _as_asked(workdir.read(_workdir(config)), config)
+    stage = FLAGS.stage or "one_step"
+    records = trajectory.measure(
+        folder,
+        in_memory(runner.open_data(folder.config)[0]),
+        interrupt,
+        stage=stage,
+        inception_weights=FLAGS.inception_weights,
+        say=say,
+    )
+    if records and is_main():
+        curves = trajectory.curve(records, f"{folder.config.name}, {stage}")
+        say(trajectory.table(records))
+        say(f"Plot: {trajectory.save_plot(folder.path / 'plots' / 'trajectory.png', curves)}")
+
+
 def _as_asked(folder: Any, config: Any) -> Any:
     """A run, sampled and evaluated as the command line says, where it says anything of a config."""
     if not any(re.match("--?(no)?config[.=]|--?config$", argument) for argument in sys.argv):
@@ -295,4 +317,5 @@ MODES: dict[str, Callable[[Any], None]] = {
     "transfer": _transfer,
     "tune-variance": _tune_variance,
     "analyse": _analyse,
+    "trajectory": _trajectory,
 }

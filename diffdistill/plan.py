@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from diffdistill import chain, runner
 from diffdistill import config as configs
 from diffdistill.chain import DataFacts, Stage
-from diffdistill.config import Config
+from diffdistill.config import Config, DisbackConfig
 from diffdistill.methods.base import shown
 from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.training import mesh as meshes
@@ -95,7 +95,7 @@ def flops_per_update(config: Config, stage: Stage, facts: DataFacts) -> float:
     """Floating-point operations of one update of the whole batch, as XLA counts them before optimisation."""
     # XLA counts the body of a loop over parts once; the whole batch at once has the same operations.
     settings = dataclasses.replace(stage.settings, parts=1)
-    config = _countable(dataclasses.replace(config, **{stage.method: settings}))
+    config = _countable(dataclasses.replace(config, **{stage.group: settings}))
     stage = dataclasses.replace(stage, settings=settings)
     return _flops(config, chain.method_of(config, stage, facts), settings.batch_size, facts)
 
@@ -159,13 +159,21 @@ def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     for stage in stages:
         if chain.method_of(config, stage, facts) is method:
-            sources = {}
-            if stage.teacher:
-                before = next(each for each in stages if each.name == stage.teacher)
-                denoiser = chain.denoiser_of(config, before, facts)
-                sources["teacher"] = jax.eval_shape(denoiser.init, key)
-            return jax.eval_shape(method.init, key, sources), sources
+            before = next((each for each in stages if each.name == stage.teacher), stage)
+            params = jax.eval_shape(chain.denoiser_of(config, before, facts).init, key)
+            starts, frozen = _roles(stage)
+            state = jax.eval_shape(method.init, key, dict.fromkeys(starts, params))
+            return state, dict.fromkeys(frozen, params)
     raise AssertionError("a method of another config")
+
+
+def _roles(stage: Stage) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The roles of the networks that a stage starts from, and of those that its step reads."""
+    if stage.method == "degradation":
+        return ("teacher",), ("generator",)
+    if stage.group == "disback":
+        return ("generator", "fake"), ("teacher",)
+    return (("teacher",), ("teacher",)) if stage.teacher else ((), ())
 
 
 def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
@@ -190,7 +198,13 @@ def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
     )
     # The residuals include the parameters themselves, which the state holds already.
     gradients = _bytes(state.params) * (2 if stage.settings.parts > 1 else 1)  # of the part, and their sum so far
-    return _bytes(state) + _bytes(frozen) + max(0, _bytes(kept) - _bytes(state.params)) + gradients
+    activations = max(0, _bytes(kept) - _bytes(state.params))
+    if isinstance(stage.settings, DisbackConfig) and stage.method != "degradation":
+        if stage.settings.path > 1:
+            frozen = (frozen, frozen)  # the next target is read while one is in use
+        if stage.settings.signal == "sid":
+            activations *= 3  # the gradient passes through both denoisers too
+    return _bytes(state) + _bytes(frozen) + activations + gradients
 
 
 def _bytes(tree: Any) -> int:

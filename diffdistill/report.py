@@ -55,7 +55,12 @@ def save_overview(folder: Workdir, source: Source | None) -> Path | None:
     if not weights or folder.facts.num_classes > 20:
         return None
     w, full = weights[len(weights) // 2], chain.full_steps(folder.config)
-    samplers = ("ddim", "stochastic", *(folder.config.evaluation.samplers or (folder.config.sampling.sampler,)))
+    samplers = (
+        "ddim",
+        "stochastic",
+        "one_step",
+        *(folder.config.evaluation.samplers or (folder.config.sampling.sampler,)),
+    )
     rows: list[tuple[str, np.ndarray]] = []
     for stage in chain.plan(folder.config):
         num_steps = full if stage.name == "teacher" else stage.num_steps

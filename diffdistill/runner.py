@@ -14,18 +14,19 @@ from jax.sharding import Mesh
 
 from diffdistill import chain, workdir
 from diffdistill.chain import DataFacts, Stage
-from diffdistill.config import Config, ConfigError, to_dict
+from diffdistill.config import Config, ConfigError, DisbackConfig, to_dict
 from diffdistill.data.contract import Source
 from diffdistill.data.latents import scaled
 from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
-from diffdistill.methods import Method
+from diffdistill.methods import Method, disback
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.loop import CompiledStep, compile_step, fit, resume_or_start
 from diffdistill.training.metrics import MetricWriter
 from diffdistill.training.progress import make_progress
+from diffdistill.training.relay import Relay
 from diffdistill.workdir import Workdir
 
 
@@ -106,9 +107,7 @@ def train(run: Run, interrupt: Interrupt, say: Any = print) -> None:
     """
     compiled: dict[Method, CompiledStep] = {}
     for index, stage in enumerate(run.stages):
-        with_checkpoints = StageCheckpoints(
-            run.workdir.stage(stage.name), run.config.training.save_every, run.config.training.keep
-        )
+        with_checkpoints = _checkpoints(run, stage)
         try:
             _train_stage(run, index, stage, with_checkpoints, compiled, interrupt, say)
         finally:
@@ -122,15 +121,50 @@ def finished(folder: Workdir) -> Iterator[Stage]:
             yield stage
 
 
-def read_params(folder: Workdir, stage: Stage, mesh: Mesh) -> Any:
+def read_params(folder: Workdir, stage: Stage, mesh: Mesh, update: int | None = None) -> Any:
     """The parameters that a stage hands on (its moving average where it has one), on every device of `mesh`.
+
+    update: number of the checkpoint, by default that of the newest.
 
     Raises:
       CheckpointError: no complete checkpoint, or one of another network.
     """
     denoiser = chain.denoiser_of(folder.config, stage, folder.facts)
     like = meshes.abstract(mesh, jax.eval_shape(denoiser.init, jax.random.key(0)))
-    return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(like)
+    return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(like, step=update)
+
+
+def _checkpoints(run: Run, stage: Stage) -> StageCheckpoints:
+    """The checkpoints of a stage, open for writing; those that are to stay are also the ones that are written."""
+    training = run.config.training
+    keep_every = stage.settings.keep_every if isinstance(stage.settings, DisbackConfig) else 0
+    return StageCheckpoints(
+        run.workdir.stage(stage.name), keep_every or training.save_every, training.keep, keep_every=keep_every
+    )
+
+
+def _starts_and_frozen(run: Run, stage: Stage) -> tuple[dict[str, Any], Any]:
+    """(what a stage starts from, what its step reads and never changes): parameters by role."""
+    stages = {each.name: each for each in run.stages}
+    settings = stage.settings
+
+    def read(name: str, update: int | None = None) -> Any:
+        return read_params(run.workdir, stages[name], run.mesh, update)
+
+    if not isinstance(settings, DisbackConfig):
+        sources = {"teacher": read(stage.teacher)} if stage.teacher else {}
+        return sources, sources
+    if stage.method == "degradation":
+        return {"teacher": read(stage.teacher)}, {"generator": read(stage.generator)}
+
+    turns = disback.turns(settings.path, settings.leg)
+
+    def target(number: int) -> Any:
+        checkpoint = turns[number][1]
+        return {"teacher": read(stage.path, checkpoint * settings.interval) if checkpoint else read(stage.teacher)}
+
+    relay = Relay([update for update, _ in turns], target)
+    return {"generator": read(stage.generator), "fake": read(stage.path or stage.teacher)}, relay
 
 
 def _train_stage(
@@ -159,11 +193,9 @@ def _train_stage(
     stage_key = jax.random.fold_in(jax.random.key(config.seed), index)
     # Streams of an update are numbered from 0: the key of the initialisation lies beyond any update.
     init_key = jax.random.fold_in(stage_key, np.uint32(2**32 - 1))
-    sources: dict[str, Any] = {}
-    if stage.teacher:
-        before = next(each for each in run.stages if each.name == stage.teacher)
-        sources["teacher"] = read_params(run.workdir, before, run.mesh)
-    state, meta = resume_or_start(checkpoints, run.mesh, functools.partial(jax.jit(method.init), init_key, sources))
+    starts, frozen = _starts_and_frozen(run, stage)
+    state, meta = resume_or_start(checkpoints, run.mesh, functools.partial(jax.jit(method.init), init_key, starts))
+    del starts  # memory that a generator needs
 
     start, stop = meshes.process_slice(stage.settings.batch_size)
     data_seed = int(np.random.SeedSequence((config.seed, index)).generate_state(1)[0])
@@ -173,7 +205,7 @@ def _train_stage(
         fit(
             compiled[method],
             state,
-            sources,
+            frozen,
             {"num_steps": max(stage.num_steps, 1), "num_updates": stage.num_updates},
             stage=stage.name,
             batches=batches,

@@ -33,6 +33,9 @@ from diffdistill.samplers import respaced
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir
 
+# Stages that are no generators of the data: one leads from images to noise, one knows the samples of a generator.
+NOT_SHOWN = ("encoder", "degradation")
+
 
 class SampleError(ValueError):
     """Samples were asked for that this model cannot give; the message says what it can."""
@@ -229,6 +232,8 @@ class Generator:
                 respaced.check(sampler, self.schedule, num_steps)
             except ValueError as error:
                 raise SampleError(f"stage {self.name}: {error}.") from error
+        if sampler == "one_step" and num_steps != 1:
+            raise SampleError(f"num_steps is {num_steps}, but sampler one_step evaluates the network once: give 1.")
         if not math.isfinite(w):
             raise SampleError(f"w is {w}; give a finite guidance weight (0 is no guidance).")
         if latents is not None and latents.shape != (num, *self.denoiser.image_shape):
@@ -404,6 +409,8 @@ def shown_of(
 
 def samplers_for(stage: Stage, wanted: Sequence[str]) -> tuple[str, ...]:
     """Those of the samplers `wanted` that suit a stage; a round of halving has learnt the steps of one sampler."""
+    if stage.method in ("disback", "diff_instruct"):
+        return ("one_step",)
     if stage.method == "stochastic":
         return ("stochastic",)
     suitable = tuple(name for name in wanted if not stage.num_steps or name in samplers.SCHEDULED)
@@ -436,7 +443,7 @@ def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]
 def load_from(opened: Workdir, stage: str = "") -> Generator:
     """The same as `load` of an opened run, which may be sampled otherwise than it was to be (Workdir.measured_as)."""
     done = list(runner.finished(opened))
-    sampled = [each for each in done if each.method != "encoder"]
+    sampled = [each for each in done if each.method not in NOT_SHOWN]
     chosen = [each for each in done if each.name == stage] if stage else sampled[-1:]
     if not chosen:
         names = ", ".join(each.name for each in done) or "none"
@@ -445,13 +452,13 @@ def load_from(opened: Workdir, stage: str = "") -> Generator:
     return load_stage(opened, chosen[0])
 
 
-def load_stage(folder: Workdir, stage: Stage) -> Generator:
-    """A finished stage of an opened run, ready to sample."""
+def load_stage(folder: Workdir, stage: Stage, update: int | None = None) -> Generator:
+    """A stage of an opened run, ready to sample: as it is, or as it was at the checkpoint of an update."""
     config = folder.config
     return Generator(
         name=stage.name,
         denoiser=chain.denoiser_of(config, stage, folder.facts),
-        params=runner.read_params(folder, stage, meshes.make_mesh()),
+        params=runner.read_params(folder, stage, meshes.make_mesh(), update),
         schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),
@@ -459,7 +466,7 @@ def load_stage(folder: Workdir, stage: Stage) -> Generator:
         sampler=samplers_for(stage, (config.sampling.sampler,))[0],
         learnt_sampler="stochastic" if stage.method == "stochastic" else "",
         clip=config.sampling.clip and not folder.facts.latents,
-        settings=dataclasses.asdict(config.sampling),
+        settings={**dataclasses.asdict(config.sampling), "sigma_init": config.disback.sigma_init},
         quantisation="none" if folder.facts.latents else config.sampling.quantisation,
         batch_size=config.sampling.batch_size,
         class_names=folder.facts.class_names,

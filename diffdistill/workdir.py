@@ -19,6 +19,14 @@ from diffdistill.evaluation.files import write_atomically
 
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")
+# The stages of each part that may follow a teacher.
+_LATER = {
+    "guided": ("guided",),
+    "progressive": ("round_*",),
+    "stochastic": ("stochastic_*",),
+    "encoder": ("encoder_*",),
+    "disback": ("degradation", "one_step"),
+}
 
 
 class WorkdirError(RuntimeError):
@@ -134,7 +142,7 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
         return {name: value for name, value in config.items() if name not in (*_FREE, *later)}
 
     later = _not_begun(file.parent)
-    unbound = before.get("imported", False) and len(later) == 4  # nothing was learnt here yet
+    unbound = before.get("imported", False) and len(later) == len(_LATER)  # nothing was learnt here yet
     if unbound:
         later.append("process")  # an imported network knows noise levels, not times
     there = before.get("config", {})
@@ -159,5 +167,8 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
 
 def _not_begun(folder: Path) -> list[str]:
     """The groups of the config whose stages have no checkpoint."""
-    stages = {"guided": "guided", "progressive": "round_*", "stochastic": "stochastic_*", "encoder": "encoder_*"}
-    return [name for name, pattern in stages.items() if not any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA"))]
+    return [
+        name
+        for name, patterns in _LATER.items()
+        if not any(any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA")) for pattern in patterns)
+    ]

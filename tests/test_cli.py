@@ -77,7 +77,7 @@ def test_a_good_command_line_is_accepted(parse):
         ("--config=configs", "cannot be read: Is a directory: 'configs'."),
         (
             "--mode=nosuch",
-            "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights|import|noise-levels|benchmark|transfer|tune-variance|analyse>",
+            "<run|train|evaluate|plan|sample|prepare|statistics|table|fetch-weights|import|noise-levels|benchmark|transfer|tune-variance|analyse|trajectory>",
         ),
         ("--mod=train", "Did you mean: mode"),
         ("--num=ten", "--num=ten: must be a whole number."),

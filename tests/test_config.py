@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from configs import cifar10_small, digits, guided, progressive
+from configs import cifar10_small, digits, disback, guided, progressive
 from diffdistill import chain, config, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
@@ -184,6 +184,7 @@ ROWS = {
     "cifar10_small": ["", "6-minutes", "2.5-minutes", "6-minutes-smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
+    "disback": [f"{row}{variant}" for row in disback.ROWS for variant in disback.VARIANTS],
 }
 
 

@@ -89,6 +89,17 @@ def guidance_plot(title: str, curves: Sequence[Curve], theme: Theme = LIGHT) -> 
     return _comparison(title, curves, finish, theme)
 
 
+def trajectory_plot(title: str, curves: Sequence[Curve]) -> bytes:
+    """A distance, logarithmic, along trainings, one panel per axis that the curves name: PNG bytes."""
+
+    def finish(axes: Any, chosen: Sequence[Curve]) -> None:
+        _decimal_log(axes, "y")
+        axes.set_xlabel(chosen[0].panel, fontsize=9)
+        axes.set_ylabel("Frechet distance", fontsize=9)
+
+    return _comparison(title, curves, finish)
+
+
 def _comparison(
     title: str, curves: Sequence[Curve], finish: Callable[[Any, Sequence[Curve]], None], theme: Theme = LIGHT
 ) -> bytes:

@@ -47,7 +47,13 @@ METRICS = {
 DOMAIN = ("frechet_to_data", "frechet_to_teacher")
 NOT_FID = "Frechet distances are in the features of a small classifier of the same data and are not FID."
 DISTILLED, STOCHASTIC = "distilled students", "stochastic students"
-_SAMPLERS = {"ddim": "DDIM", "heun": "Heun", "euler": "Euler", "bound": "variational bound"}
+_SAMPLERS = {
+    "ddim": "DDIM",
+    "heun": "Heun",
+    "euler": "Euler",
+    "bound": "variational bound",
+    "one_step": "one step",
+}
 _ROUND = re.compile(r"(round|stochastic)_\d+_steps_(\d+)")
 
 
@@ -130,7 +136,7 @@ def row_label(stage: str, num_steps: int, sampler: str | None = None) -> str:
         own = int(match[2]) == num_steps or (students == STOCHASTIC and (int(match[2]), num_steps) == (2, 1))
         base = students if own else stage
     else:
-        base = {"guided": "guided student"}.get(stage, stage)
+        base = {"guided": "guided student", "one_step": "one-step generator"}.get(stage, stage)
     return f"{base} ({_SAMPLERS.get(sampler, sampler)})" if sampler else base
 
 

@@ -70,15 +70,17 @@ class DomainJudge:
         own = moments.moments_of(sampled)
         if item.is_reference:
             self._reference[item.w, item.seed] = samples.images, own
-        teacher_images, teacher = self._reference[item.w, item.seed]
+
+        def teacher() -> tuple[np.ndarray, Moments]:
+            return self._reference[item.w, item.seed]
 
         def distance(other: Moments) -> float:
             return metrics.frechet_distance(own.mean(), own.covariance(), other.mean(), other.covariance())
 
         compute: dict[str, Callable[[], float]] = {
             "frechet_to_data": lambda: distance(self.data),
-            "frechet_to_teacher": lambda: distance(teacher),
-            "paired_rmse_to_teacher": lambda: metrics.paired_rmse(samples.images, teacher_images),
+            "frechet_to_teacher": lambda: distance(teacher()[1]),
+            "paired_rmse_to_teacher": lambda: metrics.paired_rmse(samples.images, teacher()[0]),
             "class_accuracy": lambda: metrics.class_accuracy(predicted, samples.labels),
         }
         values = {name: compute[name]() for name in wanted} if meshes.is_main() else {}

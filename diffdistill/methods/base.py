@@ -29,7 +29,7 @@ RECORD = "record"
 
 LOG_SNR_BINS = 8
 _LOG_SNR_RANGE = (-20.0, 20.0)
-_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation", "image")
+_STREAMS = ("time", "noise", "guidance", "dropout", "label", "augmentation", "image", "latent")
 
 
 class Updater(Protocol):
@@ -100,7 +100,7 @@ def from_loss(
     ) -> tuple[State, Metrics]:
         if memory is not None:
             frozen = {**frozen, "memory": state.memory}
-        grads, metrics = _gradient(loss, parts)(state.params, frozen, batch, key, arguments)
+        grads, metrics = gradient(loss, parts)(state.params, frozen, batch, key, arguments)
         state, more = updater.apply(state, grads, arguments["num_updates"])
         if memory is not None:
             state = state.replace(memory=memory.update(state.memory, metrics.pop(RECORD)))
@@ -109,11 +109,11 @@ def from_loss(
     return Method(name, init, step, updater.averaged)
 
 
-def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
+def gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
     """(params, frozen, batch, key, arguments) -> (gradient of the mean loss over all parts, mean metrics)."""
-    gradient = jax.grad(loss, has_aux=True)
+    whole = jax.grad(loss, has_aux=True)
     if parts == 1:
-        return gradient
+        return whole
 
     def accumulated(
         params: Params, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
@@ -123,7 +123,7 @@ def _gradient(loss: Loss, parts: int) -> Callable[..., tuple[Params, Metrics]]:
 
         def add(total: Params, index: jax.Array) -> tuple[Params, Metrics]:
             part = jax.tree.map(lambda rows: rows[:, index], split)
-            grads, metrics = gradient(params, frozen, part, jax.random.fold_in(key, index), arguments)
+            grads, metrics = whole(params, frozen, part, jax.random.fold_in(key, index), arguments)
             return jax.tree.map(lambda t, g: t + g / parts, total, grads), metrics
 
         total, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), jnp.arange(parts))
@@ -221,12 +221,21 @@ def summary(losses: jax.Array, log_snr: jax.Array) -> Metrics:
     For LOG_SNR_BINS equal bins of log-SNR in [-20, 20] "loss_by_log_snr"; for the regimes coarse, content and clean-up
     (weighting.REGIMES) "loss_by_regime". NaN where the batch has no example.
     """
-    low, high = _LOG_SNR_RANGE
-    index = jnp.clip(((log_snr - low) / (high - low) * LOG_SNR_BINS).astype(jnp.int32), 0, LOG_SNR_BINS - 1)
-    member = jax.nn.one_hot(index, LOG_SNR_BINS)
     regimes = jax.nn.one_hot(weighting.regime(log_snr), len(weighting.REGIMES))
     return {
         "loss": jnp.mean(losses),
-        "loss_by_log_snr": (losses @ member) / jnp.sum(member, axis=0),
+        "loss_by_log_snr": by_log_snr(losses, log_snr),
         "loss_by_regime": (losses @ regimes) / jnp.sum(regimes, axis=0),
     }
+
+
+def by_log_snr(
+    values: jax.Array, log_snr: jax.Array, low: float = _LOG_SNR_RANGE[0], high: float = _LOG_SNR_RANGE[1]
+) -> jax.Array:
+    """(LOG_SNR_BINS,) means of values (B,) over equal bins of log-SNR from `low` to `high`; NaN where there is none.
+
+    Values beyond an end count in the bin next to it.
+    """
+    index = jnp.clip(((log_snr - low) / (high - low) * LOG_SNR_BINS).astype(jnp.int32), 0, LOG_SNR_BINS - 1)
+    member = jax.nn.one_hot(index, LOG_SNR_BINS)
+    return (values @ member) / jnp.sum(member, axis=0)

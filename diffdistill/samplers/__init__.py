@@ -10,7 +10,7 @@ from typing import Any
 from jax import Array
 
 from diffdistill.diffusion import names
-from diffdistill.samplers import ancestral, ddim, heun, respaced, stochastic
+from diffdistill.samplers import ancestral, ddim, heun, one_step, respaced, stochastic
 
 SAMPLERS: dict[str, Callable[..., Array]] = {
     "ddim": ddim.sample,
@@ -22,6 +22,7 @@ SAMPLERS: dict[str, Callable[..., Array]] = {
     "heun": heun.sample,
     "churn": heun.churn,
     "ablation": heun.ablation,
+    "one_step": one_step.sample,
 }
 SCHEDULED = ("ddim", "ancestral")  # which step along the schedule's own times, as distillation by halving does
 STOCHASTIC = ("ancestral", "stochastic", "respaced", "churn")  # whose images depend on more than their initial noise

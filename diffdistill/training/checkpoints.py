@@ -32,13 +32,20 @@ class StageCheckpoints:
     """The checkpoints of one stage, in `directory`/<updates done>/.
 
     save_every: updates between checkpoints (0 = only those that are forced). keep: how many of the newest stay.
+    keep_every: checkpoints at multiples of it stay as well (0 = none).
     read_only: for users of a finished (or still training) stage; touches nothing.
     Saving happens in the background; `close` (or leave the `with` block) before the process ends.
     The state is a flax.struct.dataclass with an int32 field `step`; every other field that is not None is one item.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], save_every: int = 0, keep: int = 2, *, read_only: bool = False
+        self,
+        directory: str | os.PathLike[str],
+        save_every: int = 0,
+        keep: int = 2,
+        *,
+        keep_every: int = 0,
+        read_only: bool = False,
     ) -> None:
         if save_every < 0 or keep < 1:
             raise ValueError(f"save_every={save_every} and keep={keep}: expected save_every >= 0 and keep >= 1.")
@@ -49,11 +56,12 @@ class StageCheckpoints:
         self._manager: ocp.CheckpointManager | None = None
         if read_only and not self.directory.is_dir():
             return  # nothing was ever saved
+        stay = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(save_every)
             if save_every
             else policies.SpecificStepsPolicy(()),
-            preservation_policy=policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=not read_only,
             save_interval_steps=0 if read_only else 1,
             read_only=read_only,
@@ -71,6 +79,10 @@ class StageCheckpoints:
     def latest(self) -> int | None:
         """Updates done at the newest complete checkpoint; None where there is none."""
         return None if self._manager is None else self._manager.latest_step()
+
+    def all(self) -> list[int]:
+        """Updates done at every complete checkpoint, oldest first."""
+        return [] if self._manager is None else sorted(self._manager.all_steps())
 
     def save(self, state: Any, meta: dict[str, Any] | None = None, *, force: bool = False) -> bool:
         """Save `state` if its update number is due (a multiple of save_every) or `force`; True if it was.
@@ -107,21 +119,22 @@ class StageCheckpoints:
         fields["step"] = jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, like.step.dtype))
         return dataclasses.replace(like, **fields), dict(restored[META])
 
-    def restore_params(self, like: Any, *, ema: bool = True) -> Any:
+    def restore_params(self, like: Any, *, ema: bool = True, step: int | None = None) -> Any:
         """The parameters alone: the moving average where there is one (and `ema`), otherwise the parameters.
 
-        like: abstract parameters, with shardings. Reads this one item and nothing else.
+        like: abstract parameters, with shardings. step: which checkpoint, by default the newest. Reads this one item
+        and nothing else.
         """
-        step = self._newest()
+        step = self._chosen(step)
         like = _placed(like)
         has_ema = ema and (self.directory / str(step) / "ema").is_dir()
         name = "ema" if has_ema else "params"
         self._compare(step, {name: like})
         return trees.from_dict(like, self._read(step, {name: ocp.args.StandardRestore(trees.to_dict(like))})[name])
 
-    def meta(self) -> dict[str, Any]:
-        """The meta of the newest checkpoint."""
-        return dict(self._read(self._newest(), {META: ocp.args.JsonRestore()})[META])
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """The meta of a checkpoint, by default of the newest."""
+        return dict(self._read(self._chosen(step), {META: ocp.args.JsonRestore()})[META])
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk. Raises CheckpointError if it could not be written."""
@@ -170,6 +183,15 @@ class StageCheckpoints:
         step = self.latest()
         if step is None:
             raise CheckpointError(f"There is no complete checkpoint in {self.directory}: train this stage first.")
+        return step
+
+    def _chosen(self, step: int | None) -> int:
+        if step is None:
+            return self._newest()
+        if step not in self.all():
+            raise CheckpointError(
+                f"There is no complete checkpoint of update {step} in {self.directory}; there are {self.all()}."
+            )
         return step
 
     def _read(self, step: int, args: dict[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from diffdistill.training.interrupt import Interrupt, catch_signals
 from diffdistill.training.metrics import MetricWriter, Window
 from diffdistill.training.prefetch import Batch, Calls
 from diffdistill.training.progress import Progress
+from diffdistill.training.relay import Relay
 
 State = Any
 Metrics = dict[str, jax.Array]
@@ -137,7 +138,8 @@ def fit(
 ) -> State:
     """Train from update `state.step` to `num_updates`; the last update is always saved. Returns the final state.
 
-    state: donated, do not use it again. frozen: never donated. arguments: scalars handed to the step (int32/float32).
+    state: donated, do not use it again. frozen: never donated; a Relay for trees that take turns, which is closed at
+    the end. arguments: scalars handed to the step (int32/float32).
     batches: i -> this process's rows of batch i, a dict of numpy arrays; called in a background thread, in order.
     The update after i finished ones uses batch i and key fold_in(stage_key, i), so nothing but `state` needs saving.
     checkpoints: says how often to save. writer gets the mean of each metric over the last `log_every` updates.
@@ -150,9 +152,12 @@ def fit(
     Raises NonFiniteLoss, Interrupted (after saving), CheckpointError, MetricsError, and what `batches` raises.
     """
     mesh = compiled.mesh
-    state, frozen, arguments, stage_key = meshes.replicate(
-        mesh, (state, frozen, {k: _scalar(v) for k, v in arguments.items()}, stage_key), copy=False
+    state, arguments, stage_key = meshes.replicate(
+        mesh, (state, {k: _scalar(v) for k, v in arguments.items()}, stage_key), copy=False
     )
+    relay = frozen if isinstance(frozen, Relay) else None
+    if relay is None:
+        frozen = meshes.replicate(mesh, frozen, copy=False)
     start = int(state.step)
     clock = _Clock(float((meta or {}).get("seconds", 0.0)))
     in_flight: collections.deque[_Call] = collections.deque()
@@ -183,9 +188,12 @@ def fit(
     done = start
     no_flag = meshes.per_device_flag(mesh, False)
     alone = jax.process_count() == 1
-    calls = Calls(batches, mesh, start, num_updates, compiled.updates_per_call, checkpoints.save_every)
+    changes = () if relay is None else relay.starts
+    calls = Calls(batches, mesh, start, num_updates, compiled.updates_per_call, checkpoints.save_every, changes)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.wait)
+        if relay is not None:
+            stack.callback(relay.close)
         if writer is not None:
             stack.callback(writer.flush)
         if progress is not None:
@@ -195,6 +203,8 @@ def fit(
             interrupt = stack.enter_context(catch_signals())
         for first, count, rows in calls:
             flag = no_flag if alone else meshes.per_device_flag(mesh, interrupt.requested)
+            if relay is not None:
+                frozen = relay.at(first)
             state, metrics, stop = compiled.function(state, frozen, rows, stage_key, arguments, np.int32(count), flag)
             in_flight.append(_Call(first, count, metrics, stop))
             done, saved = first + count, False

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ AHEAD = 2
 """Stacks that wait on the devices for the loop."""
 
 
-def cut(start: int, stop: int, size: int, save_every: int) -> Iterator[tuple[int, int]]:
-    """Updates start..stop cut into calls (first, count): at most `size` long, none reaching over a save point."""
+def cut(start: int, stop: int, size: int, save_every: int, changes: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+    """Updates start..stop cut into calls (first, count): at most `size` long, none over a save point or a change."""
     while start < stop:
-        end = min(start + size, stop)
+        end = min([start + size, stop, *(change for change in changes if change > start)])
         if save_every:
             end = min(end, (start // save_every + 1) * save_every)
         yield start, end - start
@@ -36,12 +36,19 @@ class Calls:
     """
 
     def __init__(
-        self, batches: Callable[[int], Batch], mesh: Mesh, start: int, stop: int, size: int, save_every: int
+        self,
+        batches: Callable[[int], Batch],
+        mesh: Mesh,
+        start: int,
+        stop: int,
+        size: int,
+        save_every: int,
+        changes: Sequence[int] = (),
     ) -> None:
         self._queue: queue.Queue[Call | Exception | None] = queue.Queue(maxsize=AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(
-            target=self._fill, args=(batches, mesh, cut(start, stop, size, save_every), size), daemon=True
+            target=self._fill, args=(batches, mesh, cut(start, stop, size, save_every, changes), size), daemon=True
         )
         self._thread.start()
 

@@ -42,6 +42,12 @@ def test_iddpm_draws_every_level_of_its_table_alike():
     np.testing.assert_allclose(sigmas("iddpm", (np.arange(1000) + 0.5) / 1000), table, rtol=3e-6)
 
 
+def test_karras_draws_evenly_along_the_levels_of_the_samplers():
+    golden = [0.002, 0.16975276, 2.515219, 17.527832, 80.0]  # t_i for N = 5, spec 03
+    np.testing.assert_allclose(sigmas("karras", np.linspace(0, 1, 5)), golden, rtol=2e-5)
+    np.testing.assert_allclose(sigmas("karras", [0.0, 1.0], first=0.25, last=0.75), golden[1:4:2], rtol=2e-5)
+
+
 @pytest.mark.parametrize("name", noise.NOISES)
 def test_every_draw_is_finite_and_noisier_draws_are_larger(name):
     log_snr = noise.get(name)(LEVELS)

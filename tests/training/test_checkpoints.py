@@ -186,3 +186,21 @@ def test_full_disk_while_writing(tiny_disk, monkeypatch, capfd, caplog):
         assert equal(checkpoints.restore(abstract(state()))[0], state(3))
     assert "Traceback" not in capfd.readouterr().err
     assert not caplog.records
+
+
+def test_a_path_of_checkpoints_stays_and_each_can_be_read(tmp_path):
+    """Multiples of keep_every stay beside the newest; a stop between two adds none to them."""
+    with StageCheckpoints(tmp_path, save_every=2, keep=1, keep_every=2) as checkpoints:
+        for step in (2, 3, 4, 5, 6):
+            checkpoints.save(state(step), {"number": step}, force=True)
+        checkpoints.wait()
+        assert checkpoints.all() == [2, 4, 6]
+    with StageCheckpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.all() == [2, 4, 6]
+        like = abstract(state()).params
+        for step in (2, 4, 6):
+            restored = checkpoints.restore_params(like, step=step)
+            assert all(jax.tree.leaves(jax.tree.map(np.array_equal, restored, state(step).ema)))
+            assert checkpoints.meta(step)["number"] == step
+        with pytest.raises(CheckpointError, match=r"no complete checkpoint of update 3.*\[2, 4, 6\]"):
+            checkpoints.restore_params(like, step=3)

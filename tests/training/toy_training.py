@@ -78,6 +78,7 @@ def train(
     compiled: loop.CompiledStep | None = None,
     log_every: int = 1,
     read: Any = batch,
+    frozen: Any = None,
     **options: Any,
 ) -> TrainState:
     """Start or resume the stage in `workdir` and train it to `num_updates`."""
@@ -90,7 +91,7 @@ def train(
             return loop.fit(
                 compiled,
                 state,
-                mesh.replicate(devices, teacher()),
+                mesh.replicate(devices, teacher()) if frozen is None else frozen,
                 {"num_updates": num_updates, "noise": 0.1},
                 stage=stage,
                 batches=read,

@@ -1,0 +1,162 @@
+"""DisBack with paths of several lengths against Diff-Instruct (a path of 0) on the digits: one command, one table.
+
+    python results/disback_table.py --teacher=runs/digits_edm --folder=runs/disback_table --jobs=2
+
+--teacher is a finished run of configs/digits.py:edm, whose teacher all runs share; its students of one step, where it
+has them, are printed beside. Each run is configs/disback.py:digits with its own seed and path, all else equal. Every
+kept checkpoint is measured; updates count those of the path. Killed, the same command continues.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from configs import disback
+from diffdistill import evaluate, runner, trajectory, workdir
+from diffdistill.config import Config, resolve
+from diffdistill.data.pipeline import in_memory
+from diffdistill.evaluation import results
+from diffdistill.training import mesh
+from diffdistill.training.interrupt import catch_signals
+
+Records = list[results.Record]
+
+
+def config_of(path: int, seed: int, updates: int) -> Config:
+    """The config of one run."""
+    settings = disback.get_config("digits")
+    settings.name, settings.seed = name_of(path, seed), seed
+    settings.disback.path = path
+    if updates:
+        settings.disback.num_updates = updates
+    return resolve(settings)
+
+
+def name_of(path: int, seed: int) -> str:
+    """Of a run, and its folder."""
+    return f"path_{path:02d}_seed_{seed}"
+
+
+def work(config: Config, folder: Path, teacher: Path) -> None:
+    """Trains and measures one run."""
+    if not (folder / "config.json").exists():
+        source, facts = runner.open_data(config)
+        workdir.create(folder, config, facts, source.fingerprint(), write=True)
+    for part in ("evaluation/cache", "teacher"):  # the teacher last: without it the copy is not finished
+        if (teacher / part).exists() and not (folder / part).exists():
+            shutil.copytree(teacher / part, folder / f"{part}.copy", dirs_exist_ok=True)
+            (folder / f"{part}.copy").rename(folder / part)
+    with catch_signals() as interrupt:
+        run = runner.prepare(config, str(folder))
+        runner.train(run, interrupt)
+        trajectory.measure(run.workdir, in_memory(run.source), interrupt)
+
+
+def distances(records: Records) -> list[tuple[int, float]]:
+    """(updates with those of the path, distance) along a run."""
+    return [
+        (entry["updates_before"] + entry["update"], entry["value"])
+        for entry in records
+        if entry["metric"] == "frechet_to_data"
+    ]
+
+
+def reached(records: Records, bound: float) -> int | None:
+    """Updates, those of the path included, after which a run is at least as good as `bound`; None if it never is."""
+    return next((updates for updates, distance in distances(records) if distance <= bound), None)
+
+
+def table(runs: dict[int, dict[int, Records]]) -> str:
+    """Markdown out of {path: {seed: records}}: one row per path."""
+    lines = [
+        "| path | best distance | at update | class accuracy there | updates to the baseline's best | speed-up |",
+        "|---" * 6 + "|",
+    ]
+    bests = {seed: min(distances(records), key=lambda point: point[1]) for seed, records in runs.get(0, {}).items()}
+    for path, seeds in sorted(runs.items()):
+        best = [min(distances(records), key=lambda point: point[1]) for records in seeds.values()]
+        accuracy = [
+            next(
+                e["value"]
+                for e in records
+                if e["metric"] == "class_accuracy" and e["updates_before"] + e["update"] == updates
+            )
+            for records, (updates, _) in zip(seeds.values(), best, strict=True)
+        ]
+        when = {seed: reached(records, bests[seed][1]) for seed, records in seeds.items() if seed in bests}
+        ratios = [bests[seed][0] / at for seed, at in when.items() if at is not None]
+        cells = (
+            str(path) if path else "0 (Diff-Instruct)",
+            text([distance for _, distance in best], 3),
+            text([float(updates) for updates, _ in best], 0),
+            text(accuracy, 3),
+            ", ".join("never" if at is None else str(at) for at in when.values()) or "no baseline",
+            text(ratios, 2) if ratios else "-",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def text(values: Sequence[float], digits: int) -> str:
+    """Mean and, of several, the standard deviation."""
+    spread = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def beside(teacher: Path) -> str:
+    """What the run of the teacher measured of its teacher in full and of its students of one step, without guidance."""
+    found = {
+        f"{entry['stage']} ({entry['sampler']}, {entry['num_steps']} steps)": entry["value"]
+        for entry in results.read(teacher / evaluate.RESULTS)
+        if entry["metric"] == "frechet_to_data"
+        and not entry["w"]
+        and (entry["stage"] == "teacher" or (entry["num_steps"] == 1 and entry["stage"].startswith("round_")))
+    }
+    return "\n".join(f"{name}: {value:.3f}" for name, value in found.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path("runs/disback_table"))
+    parser.add_argument("--paths", default="0,2,5,10", help="comma-separated; 0 is the baseline")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--updates", type=int, default=0, help="of every generator (default: the config's)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--only", default="", help="PATH,SEED: this one run, without a table")
+    arguments = parser.parse_args()
+    if arguments.only:
+        path, seed = map(int, arguments.only.split(","))
+        config = config_of(path, seed, arguments.updates)
+        work(config, arguments.folder / name_of(path, seed), arguments.teacher)
+        return
+    paths, seeds = ([int(each) for each in text.split(",")] for text in (arguments.paths, arguments.seeds))
+
+    def start(one: tuple[int, int]) -> int:
+        command = [sys.executable, __file__, *sys.argv[1:], f"--only={one[0]},{one[1]}"]
+        return subprocess.run(command, check=False).returncode
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        failed = [code for code in pool.map(start, [(path, seed) for seed in seeds for path in paths]) if code]
+    runs: dict[int, dict[int, Records]] = {}
+    curves: list[Any] = []
+    for path in paths:
+        for seed in seeds:
+            records = results.read(arguments.folder / name_of(path, seed) / trajectory.FILE)
+            if records:
+                runs.setdefault(path, {})[seed] = records
+                curves += trajectory.curve(records, f"path {path}" if path else "Diff-Instruct")
+    print(f"{mesh.describe(mesh.make_mesh())}\n{beside(arguments.teacher)}\n\n{table(runs)}")
+    print(trajectory.save_plot(arguments.folder / "trajectory.png", curves))
+    if failed:
+        sys.exit(f"{len(failed)} runs did not end; the same command continues them.")
+
+
+if __name__ == "__main__":
+    main()
