@@ -102,6 +102,10 @@ def test_samples_follow_pictures_and_masks(opened):
         4, labels=classes, w=1.0, pictures=np.where(masks[..., None] > 0, 7, pictures).astype(np.uint8), masks=masks
     )
     np.testing.assert_array_equal(made.images, again.images)  # what the hole hides is not seen
+    exact = dataclasses.replace(generator, quantisation="none")
+    one = exact.sample(4, labels=classes, w=1.0, pictures=pictures, masks=masks).images
+    other = exact.sample(4, labels=classes, w=1.0, pictures=255 - pictures, masks=masks).images
+    assert not np.array_equal(one, other)  # and the rest is
     drawn = generator.sample(4, labels=classes, w=1.0, pictures=pictures).images
     np.testing.assert_array_equal(
         drawn[2:3], generator.sample(1, seed=2, labels=[2], w=1.0, pictures=pictures[2:3]).images
