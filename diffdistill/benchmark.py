@@ -17,6 +17,7 @@ from diffdistill.config import Config
 from diffdistill.data.pipeline import Batch
 from diffdistill.evaluation import results
 from diffdistill.fields import one_of
+from diffdistill.methods.base import ARGUMENTS
 from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.loop import compile_step
@@ -154,7 +155,8 @@ def _training(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: 
         "label": random.integers(0, max(facts.num_classes, 1), shape[:2], dtype=np.int32),
     }
     batches = meshes.shard_batch(mesh, batches, axis=1)
-    arguments = {"num_steps": np.int32(max(stage.num_steps, 1)), "num_updates": np.int32(stage.num_updates)}
+    arguments = {name: np.int32(1) for name in ARGUMENTS}
+    arguments |= {"num_steps": np.int32(max(stage.num_steps, 1)), "num_updates": np.int32(stage.num_updates)}
     flag = meshes.per_device_flag(mesh, False)
     sources = {}
     if stage.teacher:

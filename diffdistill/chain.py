@@ -228,7 +228,11 @@ def stage_weight(config: Config, settings: OptimizationConfig) -> Callable[[jax.
     if not settings.weight_normalised:
         return weight
     draws = (jnp.arange(_MEAN_POINTS) + 0.5) / _MEAN_POINTS
-    drawn = noise_of(settings) if isinstance(settings, TeacherConfig) else None
+    drawn = None
+    if isinstance(settings, TeacherConfig):
+        drawn = noise_of(settings)
+    elif isinstance(settings, DisbackConfig):
+        drawn = chain_disback.levels_of(settings.fake_levels)
     levels = drawn(draws) if drawn else schedule.log_snr(base.times(draws, schedule))
     return weighting.normalised(weight, levels)
 
@@ -263,6 +267,7 @@ def updater_of(stage: Stage) -> Updater:
             ema_ramp=settings.ema_ramp,
             ema_half_life=settings.ema_half_life / settings.batch_size,
             ema_ramp_ratio=settings.ema_ramp_ratio,
+            averages=tuple((str(life), life / settings.batch_size) for life in settings.ema_half_lives),
             replace_non_finite=settings.non_finite == "replace",
         )
     )
@@ -288,6 +293,14 @@ def origin_of(config: Config, stage: Stage, facts: DataFacts) -> disback.Origin:
     return disback.Origin(denoiser_of(config, stage, facts), log_snr, guidance_range(config, stage))
 
 
+def path_loss(config: Config, stage: Stage, facts: DataFacts) -> base.Loss:
+    """The loss of a checkpoint of the path of a generator's stage: (params, {"generator": params}, batch, key, {})."""
+    settings = stage.settings
+    assert isinstance(settings, DisbackConfig)
+    weight = stage_weight(config, settings)
+    return chain_disback.path_loss(settings, origin_of(config, stage, facts), schedule_of(config.process), weight)
+
+
 @functools.lru_cache(maxsize=8)
 def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
     settings = stage.settings
@@ -298,7 +311,7 @@ def _method(config: Config, stage: Stage, facts: DataFacts) -> Method:
             origin_of(config, stage, facts),
             denoiser_of(config, stage, facts, dropout=settings.dropout),
             schedule_of(config.process),
-            weight_of(config.model, settings.weight),
+            stage_weight(config, settings),
             updater_of(stage),
         )
     denoiser = denoiser_of(config, stage, facts, dropout=settings.dropout)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from diffdistill.config import DisbackConfig, LevelsConfig
 from diffdistill.diffusion import noise
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.methods import Method, base, disback, score_distillation
+from diffdistill.methods import Method, base, disback, score_distillation, walk
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.training.state import Updater
 
@@ -26,7 +27,7 @@ def path_settings(settings: DisbackConfig) -> DisbackConfig:
     )
 
 
-_NO_AVERAGE = {"ema_decay": 0.0, "ema_half_life": 0, "ema_ramp_ratio": 0.0}
+_NO_AVERAGE: dict[str, Any] = {"ema_decay": 0.0, "ema_half_life": 0, "ema_ramp_ratio": 0.0, "ema_half_lives": ()}
 
 
 def levels_of(levels: LevelsConfig) -> Callable[[jax.Array], jax.Array] | None:
@@ -52,12 +53,13 @@ def bind(
     updater: Updater,
 ) -> Method:
     """The method called `name`: degradation, disback or diff_instruct; `updater` is that of what it exports."""
-    levels, fake_levels = (
-        _draws(each, schedule, settings.stratified_times) for each in (settings.levels, settings.fake_levels)
-    )
+    levels, fake_levels = (_draws(settings, each, schedule) for each in (settings.levels, settings.fake_levels))
     if name == "degradation":
         return disback.degradation(origin, fake, fake_levels, weight, updater, parts=settings.parts)
-    fakes = dataclasses.replace(updater.optimization, learning_rate=settings.fake_learning_rate, **_NO_AVERAGE)
+    without = {**_NO_AVERAGE, "averages": ()}
+    del without["ema_half_lives"]
+    fakes = dataclasses.replace(updater.optimization, learning_rate=settings.fake_learning_rate, **without)
+    pace = walk.Pace(settings.walk_window, settings.walk_fall, settings.leg) if settings.walk == "adaptive" else None
     return disback.distillation(
         name,
         origin,
@@ -70,13 +72,24 @@ def bind(
         Updater(fakes),
         fake_updates=settings.fake_updates,
         fake_first=settings.fake_first,
+        pace=pace,
         parts=settings.parts,
     )
 
 
-def _draws(levels: LevelsConfig, schedule: Schedule, stratified: bool) -> disback.Noise:
+def path_loss(
+    settings: DisbackConfig,
+    origin: disback.Origin,
+    schedule: Schedule,
+    weight: Callable[[jax.Array], jax.Array],
+) -> base.Loss:
+    """The loss of a checkpoint of the path, as `degradation` has it but without dropout."""
+    return disback.denoising(origin, origin.denoiser, _draws(settings, settings.fake_levels, schedule), weight)
+
+
+def _draws(settings: DisbackConfig, levels: LevelsConfig, schedule: Schedule) -> disback.Noise:
     """(key, B) -> (B,) log-SNR."""
-    quantile = levels_of(levels)
+    quantile, stratified = levels_of(levels), settings.stratified_times
 
     def draw(key: jax.Array, batch_size: int) -> jax.Array:
         if quantile is None:

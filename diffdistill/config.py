@@ -95,7 +95,8 @@ class OptimizationConfig:
     ema_decay: float = 0.0  # 0: no average
     ema_ramp: bool = False  # decay min(ema_decay, (1 + n) / (10 + n)) at update n, for short runs
     ema_half_life: int = 0  # images, instead of ema_decay
-    ema_ramp_ratio: float = 0.0  # the half-life is at most this share of the images seen; 0: no bound
+    ema_ramp_ratio: float = 0.0  # the half-lives are at most this share of the images seen; 0: no bound
+    ema_half_lives: tuple[int, ...] = ()  # images; of further averages; see sampling.average
     non_finite: Literal["stop", "replace"] = "stop"  # replace: gradients that are NaN count as 0, as in EDM
     dropout: float = 0.0
     weight: str = "snr_trunc"
@@ -181,7 +182,11 @@ class DisbackConfig(OptimizationConfig):
     path: int = 10  # checkpoints of the degradation; 0: Diff-Instruct
     interval: int = 100  # updates of the degradation between two of them
     path_learning_rate: float = 1e-5
+    path_share: float = 0.0  # targets are apart by this share of their loss on the first generator's samples; 0: all
     leg: int = 100  # updates of the generator for each target but the last, the teacher
+    walk: Literal["fixed", "adaptive"] = "fixed"  # adaptive: a target is left, at most after leg updates, as soon as
+    walk_window: int = 20  # the mismatch of so many updates
+    walk_fall: float = 0.02  # is not by this share below that of so many before
     fake_learning_rate: float = 1e-5
     fake_updates: int = 1  # of the fake denoiser, for one of the generator
     fake_first: bool = True
@@ -207,6 +212,7 @@ class SamplingConfig:
     sampler: str = "ddim"
     batch_size: int = 250
     clip: bool = True
+    average: int = 0  # of stages with ema_half_lives, the one to use; 0: ema_decay's or ema_half_life's
     variance_fraction: float = 0.0  # of the ancestral sampler: 0 small, 1 large variance
     # edm: to the nearest byte; adm: truncated, as papers that evaluate with ADM do; none: float32, of latents
     quantisation: str = "edm"
@@ -291,7 +297,7 @@ def smoke(config: Any) -> Any:
     for halving in (config.progressive, config.stochastic, config.encoder):
         halving.start_steps, halving.end_steps, halving.final_num_updates = 4, 1, 0
     disback = config.disback
-    disback.path, disback.interval, disback.leg = min(disback.path, 2), 2, 2
+    disback.path, disback.interval, disback.leg, disback.walk_window = min(disback.path, 2), 2, 2, 1
     disback.keep_every = min(disback.keep_every, 3)
     config.training = ConfigDict({"updates_per_call": 2, "log_every": 2, "save_every": 3, "keep": 1})
     config.sampling.batch_size = 50

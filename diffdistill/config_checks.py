@@ -106,6 +106,12 @@ def _check_ranges(config: Config) -> None:
         least(f"config.training.{name}", getattr(config.training, name), 1)
     least("config.training.updates_per_call", config.training.updates_per_call, 0)
     least("config.sampling.batch_size", config.sampling.batch_size, 1)
+    kept = sorted({life for name in STAGES for life in getattr(config, name).ema_half_lives})
+    if config.sampling.average and config.sampling.average not in kept:
+        raise ConfigError(
+            f"config.sampling.average is {config.sampling.average}, but the averages that stages keep beside the usual "
+            f"one, ema_half_lives, are {kept or 'none'}."
+        )
     least("config.sampling.variance_fraction", config.sampling.variance_fraction, 0.0, 1.0)
     for name in ("sigma_min", "sigma_max", "s_churn", "s_tmin", "s_tmax", "s_noise"):
         least(f"config.sampling.{name}", getattr(config.sampling, name), 0.0)
@@ -279,8 +285,11 @@ def _check_stage(where: str, stage: OptimizationConfig) -> None:
     for one, other in (("warmup_updates", "warmup_images"), ("ema_decay", "ema_half_life")):
         if getattr(stage, one) and getattr(stage, other):
             raise ConfigError(f"{where}.{one} and {where}.{other} exclude each other: set one of them to 0.")
-    if stage.ema_ramp_ratio and not stage.ema_half_life:
+    if stage.ema_ramp_ratio and not (stage.ema_half_life or stage.ema_half_lives):
         raise ConfigError(f"{where}.ema_ramp_ratio bounds {where}.ema_half_life, which is 0: set both or none.")
+    lives = stage.ema_half_lives
+    if any(life < 1 for life in lives) or len(set(lives)) < len(lives):
+        raise ConfigError(f"{where}.ema_half_lives is {lives}, but must be different numbers of images, at least 1.")
 
 
 def _check_halving(config: Config, name: str) -> None:

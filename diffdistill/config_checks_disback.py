@@ -20,7 +20,9 @@ def check(config: Config) -> None:
     fields.one_of("config.disback.signal", settings.signal, list(score_distillation.SIGNALS))
     for name in ("path", "sigma_init", "keep_every"):
         _least(name, getattr(settings, name), 0)
-    for name in ("interval", "leg", "fake_updates"):
+    for name in ("path_share", "walk_fall"):
+        _least(name, getattr(settings, name), 0.0, 0.999)
+    for name in ("interval", "leg", "fake_updates", "walk_window"):
         _least(name, getattr(settings, name), 1)
     for name in ("path_learning_rate", "fake_learning_rate"):
         _least(name, getattr(settings, name), 1e-12)
@@ -48,6 +50,11 @@ def _check_start(config: Config) -> None:
             f"config.disback.num_updates ({settings.num_updates}) ends before the path does: with {settings.path} "
             f"checkpoints and legs of {settings.leg} updates the teacher comes after "
             f"{(settings.path - 1) * settings.leg}. Give more updates, a shorter path or shorter legs."
+        )
+    if settings.walk == "adaptive" and settings.leg % settings.walk_window:
+        raise ConfigError(
+            f"config.disback.leg ({settings.leg}), after which an adaptive walk leaves a target in any case, is not a "
+            f"multiple of config.disback.walk_window ({settings.walk_window}), after which it looks."
         )
     one_step = halving.num_updates and halving.end_steps == 1
     if settings.start == "student" and (not one_step or settings.sigma_init):

@@ -16,7 +16,7 @@ from diffdistill import chain, runner
 from diffdistill import config as configs
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config, DisbackConfig
-from diffdistill.methods.base import shown
+from diffdistill.methods.base import ARGUMENTS, shown
 from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.training import mesh as meshes
 
@@ -111,7 +111,7 @@ def _flops(config: Config, method: Any, batch_size: int, facts: DataFacts) -> fl
     key = jax.eval_shape(lambda: jax.random.key(0))
     # A function of its own: the trace of the step that training compiles stays the only one of its kind.
     step = lambda *arguments: method.step(*arguments)  # noqa: E731
-    return _counted(step, state, teacher, batch, key, {"num_steps": scalar, "num_updates": scalar})
+    return _counted(step, state, teacher, batch, key, dict.fromkeys(ARGUMENTS, scalar))
 
 
 def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> float:

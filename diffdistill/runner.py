@@ -12,21 +12,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffdistill import chain, workdir
+from diffdistill import chain, targets, workdir
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config, ConfigError, DisbackConfig, to_dict
 from diffdistill.data.contract import Source
 from diffdistill.data.latents import scaled
 from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
-from diffdistill.methods import Method, disback
+from diffdistill.methods import Method
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.loop import CompiledStep, compile_step, fit, resume_or_start
 from diffdistill.training.metrics import MetricWriter
 from diffdistill.training.progress import make_progress
-from diffdistill.training.relay import Relay
 from diffdistill.workdir import Workdir
 
 
@@ -121,17 +120,19 @@ def finished(folder: Workdir) -> Iterator[Stage]:
             yield stage
 
 
-def read_params(folder: Workdir, stage: Stage, mesh: Mesh, update: int | None = None) -> Any:
+def read_params(folder: Workdir, stage: Stage, mesh: Mesh, update: int = 0, average: str = "") -> Any:
     """The parameters that a stage hands on (its moving average where it has one), on every device of `mesh`.
 
-    update: number of the checkpoint, by default that of the newest.
+    update: number of the checkpoint; 0: the newest. average: the name of a further average, instead.
 
     Raises:
       CheckpointError: no complete checkpoint, or one of another network.
     """
     denoiser = chain.denoiser_of(folder.config, stage, folder.facts)
     like = meshes.abstract(mesh, jax.eval_shape(denoiser.init, jax.random.key(0)))
-    return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(like, step=update)
+    return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(
+        like, step=update or None, average=average
+    )
 
 
 def _checkpoints(run: Run, stage: Stage) -> StageCheckpoints:
@@ -143,28 +144,22 @@ def _checkpoints(run: Run, stage: Stage) -> StageCheckpoints:
     )
 
 
-def _starts_and_frozen(run: Run, stage: Stage) -> tuple[dict[str, Any], Any]:
-    """(what a stage starts from, what its step reads and never changes): parameters by role."""
+def _inputs(run: Run, stage: Stage, say: Any) -> tuple[dict[str, Any], Any, int]:
+    """(what a stage starts from, what its step reads and never changes, parameters by role; number of its targets)."""
     stages = {each.name: each for each in run.stages}
     settings = stage.settings
 
-    def read(name: str, update: int | None = None) -> Any:
+    def read(name: str, update: int = 0) -> Any:
         return read_params(run.workdir, stages[name], run.mesh, update)
 
     if not isinstance(settings, DisbackConfig):
         sources = {"teacher": read(stage.teacher)} if stage.teacher else {}
-        return sources, sources
+        return sources, sources, 1
     if stage.method == "degradation":
-        return {"teacher": read(stage.teacher)}, {"generator": read(stage.generator)}
+        return {"teacher": read(stage.teacher)}, {"generator": read(stage.generator)}, 1
 
-    turns = disback.turns(settings.path, settings.leg)
-
-    def target(number: int) -> Any:
-        checkpoint = turns[number][1]
-        return {"teacher": read(stage.path, checkpoint * settings.interval) if checkpoint else read(stage.teacher)}
-
-    relay = Relay([update for update, _ in turns], target)
-    return {"generator": read(stage.generator), "fake": read(stage.path or stage.teacher)}, relay
+    relay, count = targets.relay(run.workdir, stage, run.mesh, read, say)
+    return {"generator": read(stage.generator), "fake": read(stage.path or stage.teacher)}, relay, count
 
 
 def _train_stage(
@@ -193,7 +188,7 @@ def _train_stage(
     stage_key = jax.random.fold_in(jax.random.key(config.seed), index)
     # Streams of an update are numbered from 0: the key of the initialisation lies beyond any update.
     init_key = jax.random.fold_in(stage_key, np.uint32(2**32 - 1))
-    starts, frozen = _starts_and_frozen(run, stage)
+    starts, frozen, num_targets = _inputs(run, stage, say)
     state, meta = resume_or_start(checkpoints, run.mesh, functools.partial(jax.jit(method.init), init_key, starts))
     del starts  # memory that a generator needs
 
@@ -206,7 +201,7 @@ def _train_stage(
             compiled[method],
             state,
             frozen,
-            {"num_steps": max(stage.num_steps, 1), "num_updates": stage.num_updates},
+            {"num_steps": max(stage.num_steps, 1), "num_updates": stage.num_updates, "num_targets": num_targets},
             stage=stage.name,
             batches=batches,
             stage_key=stage_key,

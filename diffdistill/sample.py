@@ -452,13 +452,17 @@ def load_from(opened: Workdir, stage: str = "") -> Generator:
     return load_stage(opened, chosen[0])
 
 
-def load_stage(folder: Workdir, stage: Stage, update: int | None = None) -> Generator:
-    """A stage of an opened run, ready to sample: as it is, or as it was at the checkpoint of an update."""
+def load_stage(folder: Workdir, stage: Stage, update: int = 0) -> Generator:
+    """A stage of an opened run, ready to sample: as it is, or as it was at the checkpoint of an update.
+
+    Its parameters are the average that config.sampling.average asks for where the stage keeps further ones.
+    """
     config = folder.config
+    average = str(config.sampling.average) if config.sampling.average and stage.settings.ema_half_lives else ""
     return Generator(
         name=stage.name,
         denoiser=chain.denoiser_of(config, stage, folder.facts),
-        params=runner.read_params(folder, stage, meshes.make_mesh(), update),
+        params=runner.read_params(folder, stage, meshes.make_mesh(), update, average),
         schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
         num_steps=stage.num_steps or chain.full_steps(config),
         guidance_range=chain.guidance_range(config, stage),

@@ -40,9 +40,9 @@ def measure(
 ) -> list[results.Record]:
     """Measures every kept checkpoint of a stage that was not measured before; returns the records of all, in order.
 
-    They are appended to evaluation/trajectory.jsonl as those of an evaluation, with "update" and "seconds" of the
-    stage and, in "updates_before" and "seconds_before", those of its path. Each checkpoint has a grid in
-    grids/<stage>. Configs say with disback.keep_every which checkpoints are kept.
+    They are appended to evaluation/trajectory.jsonl as those of an evaluation, with "update", "average" (see
+    config.sampling.average) and "seconds" of the stage and, in "updates_before" and "seconds_before", those of its
+    path. Each checkpoint has a grid in grids/<stage>. Configs say with disback.keep_every which checkpoints are kept.
 
     Raises:
       SampleError: the run has no such stage or it has no checkpoint.
@@ -59,11 +59,11 @@ def measure(
     known = chain.guidance_range(folder.config, chosen)
     w = next((w for w in evaluation.guidance if known and known[0] <= w <= known[1]), known[0] if known else 0.0)
     before = _cost_before(folder, chosen)
-    file = folder.path / FILE
+    file, average = folder.path / FILE, folder.config.sampling.average
     for update in updates:
         if meshes.any_process(interrupt.requested):
             raise EvaluationInterrupted(interrupt.reason)
-        done = {entry["metric"] for entry in results.read(file) if (entry["stage"], entry["update"]) == (stage, update)}
+        done = {entry["metric"] for entry in _of(file, stage, average) if entry["update"] == update}
         generator = load_stage(folder, chosen, update)
         item = Measurement(chosen, generator.num_steps, generator.sampler, w, seed)
         wanted = [name for name in judge.metrics(item, generator) if name in _METRICS and name not in done]
@@ -73,12 +73,14 @@ def measure(
         figures = judge.measure(item, generator, wanted, model.digest, interrupt)
         if not meshes.is_main():
             continue
-        save_grid(folder.path / "grids" / stage / f"{update:08d}.png", figures.shown, generator, 10)
+        place = f"{stage}-{average}" if average else stage
+        save_grid(folder.path / "grids" / place / f"{update:08d}.png", figures.shown, generator, 10)
         facts: dict[str, Any] = {
             "network_evaluations": generator.network_evaluations(item.num_steps, w, item.sampler),
             "hardware": meshes.describe(meshes.make_mesh()),
             "wall_time": figures.seconds,
             "update": update,
+            "average": average,
             "seconds": _seconds(folder, chosen, update),
             **before,
             **figures.facts,
@@ -86,7 +88,11 @@ def measure(
         results.append(file, [model.record(item, name, value=figures.values[name], **facts) for name in wanted])
         figures.written()
         say(f"{stage}, update {update}: " + ", ".join(f"{name} {figures.values[name]:.4g}" for name in wanted))
-    return sorted((e for e in results.read(file) if e["stage"] == stage), key=lambda entry: entry["update"])
+    return sorted(_of(file, stage, average), key=lambda entry: entry["update"])
+
+
+def _of(file: Path, stage: str, average: int) -> list[results.Record]:
+    return [e for e in results.read(file) if (e["stage"], e.get("average", 0)) == (stage, average)]
 
 
 def curve(records: Iterable[Mapping[str, Any]], label: str) -> list[Curve]:

@@ -4,6 +4,7 @@ The run goes on from the smoke run: a w-conditioned teacher with output v.
 """
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -16,17 +17,18 @@ from configs import digits
 from configs import disback as disback_rows
 from diffdistill import chain, judges, plan, runner, trajectory
 from diffdistill.chain import DataFacts
-from diffdistill.config import ConfigError, default_config, resolve, smoke
+from diffdistill.config import ConfigError, default_config, resolve, smoke, to_dict
 from diffdistill.data.pipeline import Batches
 from diffdistill.diffusion import process
 from diffdistill.evaluation import results
 from diffdistill.judges.contract import Figures
-from diffdistill.methods import score_distillation
+from diffdistill.methods import base, score_distillation
 from diffdistill.models.denoiser import Condition
-from diffdistill.sample import SampleError, load
+from diffdistill.sample import SampleError, load, load_from
 from diffdistill.training import mesh as meshes
+from diffdistill.training import relay
 from diffdistill.training.checkpoints import StageCheckpoints
-from diffdistill.training.errors import Interrupted
+from diffdistill.training.errors import CheckpointError, Interrupted
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.loop import compile_step, fit
 from diffdistill.workdir import WorkdirError
@@ -71,13 +73,13 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, smoke_run):
     """An uninterrupted run, the targets in use at each of its calls, and the number of traces of its signal."""
-    traces, targets = [], []
+    traces, used = [], []
     original = score_distillation.diff_instruct
 
-    class Watched(runner.Relay):
-        def at(self, update):
-            tree = super().at(update)
-            targets.append((update, jax.device_get(tree["teacher"])))
+    class Watched(relay.Relay):
+        def at(self, update, state):
+            tree = super().at(update, state)
+            used.append((update, jax.device_get(tree["teacher"])))
             return tree
 
     def counted(*arguments):
@@ -86,11 +88,11 @@ def whole(tmp_path_factory, smoke_run):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(score_distillation.SIGNALS, "diff_instruct", counted)
-        patch.setattr(runner, "Relay", Watched)
+        patch.setattr(relay, "Relay", Watched)
         chain._method.cache_clear()
         run = trained(tmp_path_factory.mktemp("whole") / "run", smoke_run, config())
         chain._method.cache_clear()
-    return run, targets, traces
+    return run, used, traces
 
 
 def params_of(run, name, update=None):
@@ -118,8 +120,8 @@ def test_the_whole_path_is_on_disk_and_moves_away_from_the_teacher(whole):
 
 
 def test_the_walk_takes_every_target_in_its_turn_and_ends_at_the_teacher_bit_for_bit(whole):
-    run, targets, _ = whole
-    used = {update: tree for update, tree in targets}
+    run, used, _ = whole
+    used = dict(used)
     assert sorted(used) == [0, 1, 2, 4]  # calls of at most two updates, cut where the target changes
     assert same(used[0], params_of(run, "degradation", 2 * INTERVAL))
     assert same(used[1], params_of(run, "degradation", INTERVAL))
@@ -129,8 +131,9 @@ def test_the_walk_takes_every_target_in_its_turn_and_ends_at_the_teacher_bit_for
 
 def test_the_fake_denoiser_starts_at_the_end_of_the_path_bit_for_bit(whole):
     run = whole[0]
-    starts, frozen = runner._starts_and_frozen(run, run.stages[-1])
+    starts, frozen, count = runner._inputs(run, run.stages[-1], lambda line: None)
     frozen.close()
+    assert count == PATH
     assert same(starts["fake"], params_of(run, "degradation"))
     assert same(starts["generator"], params_of(run, "guided"))
 
@@ -169,6 +172,65 @@ def test_interrupted_anywhere_it_ends_in_the_same_bits(tmp_path, smoke_run, whol
         assert same(leaves(run.workdir.stage(stage)), leaves(whole[0].workdir.stage(stage)))
     # The path is whole whatever was saved in between.
     assert set(StageCheckpoints(run.workdir.stage("degradation"), read_only=True).all()) >= {2, 4, 6}
+
+
+def test_the_losses_of_the_path_are_measured_once_and_kept_beside_it(whole):
+    file = whole[0].workdir.stage("degradation") / "path.json"
+    found = json.loads(file.read_text())
+    assert found["update"] == [0, 2, 4, 6]
+    run, stage = whole[0], whole[0].stages[-1]
+    loss = chain.path_loss(run.config, stage, run.facts)
+    batch = {"label": jnp.arange(16, dtype=jnp.int32) % 10}
+    for number, name, update in ((0, "guided", 0), (3, "degradation", 6)):
+        frozen = {"generator": params_of(run, "guided")}
+        draws = [jax.random.fold_in(jax.random.key(run.config.seed), draw) for draw in range(8)]
+        values = [jax.jit(loss)(params_of(run, name, update), frozen, batch, key, {})[0] for key in draws]
+        np.testing.assert_allclose(found["loss"][number], np.mean(values), rtol=1e-5)
+    before = file.stat().st_mtime_ns
+    said = []
+    runner._inputs(run, stage, said.append)[1].close()
+    assert file.stat().st_mtime_ns == before
+    assert said[0].endswith("targets: update 4, update 2, the teacher")
+
+
+def test_an_adaptive_walk_and_further_averages_resume_bit_for_bit(tmp_path, smoke_run, whole):
+    """Targets by what the state says; averages whose half-lives are a hundredth and a thousand updates."""
+    changes = {"walk": "adaptive", "walk_window": 1, "walk_fall": 0.5, "leg": 2, "ema_half_lives": (1, 16_000)}
+    shutil.copytree(whole[0].workdir.path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "one_step")
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    run = trained(tmp_path / "run", smoke_run, config(**changes))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # A mismatch does not halve in an update: two for each target, one to have something to compare with.
+    assert [line["target"] for line in lines if line["stage"] == "one_step" and "target" in line] == [0, 1, 2]
+
+    interrupt = Interrupt()
+    original = Batches.__call__
+
+    def reading(self, index):
+        if index == 3:
+            interrupt.request("test")
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "__call__", reading)
+        with pytest.raises(Interrupted):
+            trained(tmp_path / "cut", smoke_run, config(**changes), interrupt)
+    again = trained(tmp_path / "cut", smoke_run, config(**changes))
+    assert same(leaves(again.workdir.stage("one_step")), leaves(run.workdir.stage("one_step")))
+
+    stage = run.stages[-1]
+    kept = leaves(run.workdir.stage("one_step"))
+    short, long = (runner.read_params(run.workdir, stage, run.mesh, average=name) for name in ("1", "16000"))
+    distance = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))  # noqa: E731
+    assert distance(short, kept["params"]) < 1e-6  # it forgets within an update
+    start = params_of(run, "guided")
+    assert distance(long, start) == pytest.approx(0.0, abs=0.01 * distance(kept["params"], start))
+    asked = resolve({**to_dict(run.config), "sampling": {**to_dict(run.config)["sampling"], "average": 16_000}})
+    generator = load_from(run.workdir.measured_as(asked))
+    assert same(generator.params, long)
+    with pytest.raises(CheckpointError, match="has no average '5'; it has 1, 16000"):
+        runner.read_params(run.workdir, stage, run.mesh, average="5")
 
 
 def test_without_a_path_it_is_diff_instruct_bit_for_bit(tmp_path, smoke_run):
@@ -289,7 +351,7 @@ def test_every_kind_of_teacher_and_start_has_its_stages(name):
         "image": jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.uint8),
         "label": jax.ShapeDtypeStruct((16,), jnp.int32),
     }
-    arguments = {"num_steps": jnp.int32(1), "num_updates": jnp.int32(4)}
+    arguments = {name: jnp.int32(4) for name in base.ARGUMENTS}
     for stage in stages[-2:]:
         method = chain.method_of(settings, stage, FACTS)
         params = jax.eval_shape(chain.denoiser_of(settings, stage, FACTS).init, jax.random.key(0))
@@ -333,6 +395,10 @@ def test_the_plan_counts_three_networks_two_optimisers_and_the_average():
         ({"guidance": (1.0, 3.0)}, r"must be \(w,\) or \(w_min, w_max\)"),
         ({"guidance": (1.0, 1.5, 2.0)}, r"must be \(w,\) or \(w_min, w_max\)"),
         ({"sigma_init": 1e6}, "noise levels of config.process run from"),
+        ({"walk": "adaptive", "leg": 3, "walk_window": 2, "num_updates": 9}, "is not a multiple of"),
+        ({"walk": "adaptve"}, "adaptive"),
+        ({"path_share": 1.5}, r"path_share is 1.5, but must be from 0.0 to 0.999"),
+        ({"ema_half_lives": (5, 5)}, "must be different numbers of images"),
         ({"levels": {"noise": "lognorm"}}, "Did you mean 'lognormal'"),
         ({"fake_levels": {"first": 0.8, "last": 0.2}}, "fake_levels.first is 0.8, but must be from 0.0 to 0.2"),
     ],

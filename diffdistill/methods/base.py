@@ -1,7 +1,7 @@
 """The contract between a training method and the machinery that runs it, and what every method shares.
 
-A batch is ``{"image": (B, H, W, C) uint8 or float32, "label": (B,) int32}``. The schedule arguments are traced scalars
-``{"num_steps": int32, "num_updates": int32}``, so that one compiled step serves every round of a halving chain.
+A batch is ``{"image": (B, H, W, C) uint8 or float32, "label": (B,) int32}``. The arguments of a step are traced int32
+scalars, ARGUMENTS, so that one compiled step serves every round of a halving chain.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ Metrics = dict[str, jax.Array]
 Loss = Callable[
     [Params, Any, Mapping[str, jax.Array], jax.Array, Mapping[str, jax.Array]], tuple[jax.Array, dict[str, Any]]
 ]
+
+ARGUMENTS = ("num_steps", "num_updates", "num_targets")
+"""Of the student's sampler; of the stage; of the targets that a generator is led to, one after another."""
 
 RECORD = "record"
 """The entry of a loss's metrics that is no metric, but what its Memory is to keep."""

@@ -5,11 +5,13 @@ own distribution. The generator follows a signal made of the two denoisers (meth
 
 DisBack is two stages. `degradation` records how the teacher turns into a denoiser of the initial generator's samples
 (algorithm 1); `distillation` starts its fake denoiser there and takes the recorded checkpoints as teachers, last one
-first, until it is the teacher itself (algorithm 2). Without a path this is Diff-Instruct. No stage looks at images.
+first, until it is the teacher itself (algorithm 2; methods.walk). Without a path this is Diff-Instruct. No stage looks
+at images.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from diffdistill.methods import base
+from diffdistill.methods import base, walk
 from diffdistill.methods.score_distillation import Signal
 from diffdistill.models.denoiser import Condition, Denoiser
 from diffdistill.samplers import one_step
@@ -31,15 +33,17 @@ MISMATCH_RANGE = (-8.0, 8.0)  # of log-SNR: s from 55 to 0.018
 class Roles:
     """The state of `distillation`.
 
-    step: () int32, updates done. params, ema, optimizer: of the generator. fake: the whole state of the fake denoiser,
-    with a step of its own.
+    step: () int32, updates done. params, ema, averages, optimizer: of the generator. fake: the whole state of the fake
+    denoiser, with a step of its own. walk: where an adaptive walk is; None where updates alone say it.
     """
 
     step: jax.Array
     params: base.Params
     ema: base.Params | None
+    averages: dict[str, base.Params] | None
     optimizer: Any
     fake: base.State
+    walk: walk.Walk | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def degradation(
       noise: (key, B) -> (B,) log-SNR on which it learns.
       weight: factor on the mean squared error of x_hat.
     """
-    loss = _denoising(origin, fake, noise, weight)
+    loss = denoising(origin, fake, noise, weight)
     return base.from_loss("degradation", lambda key, sources: sources["teacher"], loss, updater, parts=parts)
 
 
@@ -109,6 +113,7 @@ def distillation(
     *,
     fake_updates: int = 1,
     fake_first: bool = True,
+    pace: walk.Pace | None = None,
     parts: int = 1,
 ) -> base.Method:
     """Stage two, and all of Diff-Instruct: generator and fake denoiser in turn.
@@ -122,13 +127,23 @@ def distillation(
       signal: see methods.score_distillation.
       noise, fake_noise: (key, B) -> (B,) log-SNR at which the generator is judged, and on which the fake one learns.
       fake_first: whether the fake denoiser or the generator comes first in an update.
+      pace: of an adaptive walk, over arguments["num_targets"] targets; None: the state says nothing of the target.
     """
-    denoising = base.gradient(_denoising(origin, fake, fake_noise, weight), parts)
+    denoised = base.gradient(denoising(origin, fake, fake_noise, weight), parts)
     judged = base.gradient(_generator_loss(origin, signal, noise), parts)
 
     def init(key: jax.Array, sources: Mapping[str, base.Params]) -> Roles:
         del key
-        return _roles(updater.init(sources["generator"]), fake_updater.init(sources["fake"]))
+        generator, learnt = updater.init(sources["generator"]), fake_updater.init(sources["fake"])
+        return Roles(
+            generator.step,
+            generator.params,
+            generator.ema,
+            generator.averages,
+            generator.optimizer,
+            learnt,
+            walk.start() if pace else None,
+        )
 
     def step(
         state: Roles, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]
@@ -139,40 +154,31 @@ def distillation(
             learnt = state.fake
             for number in range(fake_updates):
                 own = jax.random.fold_in(key, 1 + number)
-                grads, found = denoising(learnt.params, {"generator": state.params}, batch, own, arguments)
+                grads, found = denoised(learnt.params, {"generator": state.params}, batch, own, arguments)
                 learnt, more = fake_updater.apply(learnt, grads, fake_updates * arguments["num_updates"])
                 metrics.update(found, fake_gradient_norm=more["gradient_norm"])
-            return _roles(state, learnt)
+            return dataclasses.replace(state, fake=learnt)
 
         def follow(state: Roles) -> Roles:
             read = {"teacher": frozen["teacher"], "fake": state.fake.params}
             grads, found = judged(state.params, read, batch, jax.random.fold_in(key, 0), arguments)
-            generator, more = updater.apply(state, grads, arguments["num_updates"])
+            state, more = updater.apply(state, grads, arguments["num_updates"])
             metrics.update(found, **more)
-            return _roles(generator, state.fake)
+            return state
 
         for part in (learn, follow) if fake_first else (follow, learn):
             state = part(state)
+        if pace and state.walk:
+            metrics["target"] = state.walk.position.astype(jnp.float32)
+            moved = walk.advance(state.walk, pace, metrics["mismatch"], arguments["num_targets"])
+            state = dataclasses.replace(state, walk=moved)
         return state, metrics
 
     return base.Method(name, init, step, updater.averaged)
 
 
-def turns(path: int, leg: int) -> tuple[tuple[int, int], ...]:
-    """(first update, number of the checkpoint) of every target of `distillation`, in order; the last is 0, the teacher.
-
-    The fake denoiser starts at checkpoint `path`; the targets are path - 1 down to 0, each but the last for `leg`
-    updates. A path of 0 or 1 has the teacher alone.
-    """
-    return tuple((position * leg, max(path, 1) - 1 - position) for position in range(max(path, 1)))
-
-
-def _roles(generator: base.State, fake: base.State) -> Roles:
-    return Roles(generator.step, generator.params, generator.ema, generator.optimizer, fake)
-
-
-def _denoising(origin: Origin, fake: Denoiser, noise: Noise, weight: Callable[[jax.Array], jax.Array]) -> base.Loss:
-    """weight ||D(z) - x_g||^2 on samples of frozen["generator"]."""
+def denoising(origin: Origin, fake: Denoiser, noise: Noise, weight: Callable[[jax.Array], jax.Array]) -> base.Loss:
+    """The loss weight ||D(z) - x_g||^2 on samples of frozen["generator"]; arguments as in `degradation`."""
 
     def loss(
         params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, arguments: Mapping[str, jax.Array]

@@ -119,18 +119,32 @@ class StageCheckpoints:
         fields["step"] = jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, like.step.dtype))
         return dataclasses.replace(like, **fields), dict(restored[META])
 
-    def restore_params(self, like: Any, *, ema: bool = True, step: int | None = None) -> Any:
+    def restore_params(self, like: Any, *, ema: bool = True, step: int | None = None, average: str = "") -> Any:
         """The parameters alone: the moving average where there is one (and `ema`), otherwise the parameters.
 
-        like: abstract parameters, with shardings. step: which checkpoint, by default the newest. Reads this one item
-        and nothing else.
+        like: abstract parameters, with shardings. step: which checkpoint, by default the newest. average: the name of
+        one of the further averages, instead. Reads this one item and nothing else.
         """
         step = self._chosen(step)
         like = _placed(like)
+        if average:
+            return self._average(step, like, average)
         has_ema = ema and (self.directory / str(step) / "ema").is_dir()
         name = "ema" if has_ema else "params"
         self._compare(step, {name: like})
         return trees.from_dict(like, self._read(step, {name: ocp.args.StandardRestore(trees.to_dict(like))})[name])
+
+    def _average(self, step: int, like: Any, average: str) -> Any:
+        known = sorted({path.split("/")[0] for path in self._tensors(step, "averages")})
+        if average not in known:
+            raise CheckpointError(
+                f"The checkpoint {self.directory / str(step)} has no average {average!r}; it has "
+                f"{', '.join(known) or 'none beside the usual one'}."
+            )
+        wanted = {"averages": dict.fromkeys(known, like)}
+        self._compare(step, wanted)
+        args = {"averages": ocp.args.StandardRestore(trees.to_dict(wanted["averages"]))}
+        return trees.from_dict(wanted["averages"], self._read(step, args)["averages"])[average]
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a checkpoint, by default of the newest."""

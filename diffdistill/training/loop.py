@@ -188,7 +188,7 @@ def fit(
     done = start
     no_flag = meshes.per_device_flag(mesh, False)
     alone = jax.process_count() == 1
-    changes = () if relay is None else relay.starts
+    changes = () if relay is None else relay.changes
     calls = Calls(batches, mesh, start, num_updates, compiled.updates_per_call, checkpoints.save_every, changes)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.wait)
@@ -204,7 +204,7 @@ def fit(
         for first, count, rows in calls:
             flag = no_flag if alone else meshes.per_device_flag(mesh, interrupt.requested)
             if relay is not None:
-                frozen = relay.at(first)
+                frozen = relay.at(first, state)
             state, metrics, stop = compiled.function(state, frozen, rows, stage_key, arguments, np.int32(count), flag)
             in_flight.append(_Call(first, count, metrics, stop))
             done, saved = first + count, False

@@ -15,15 +15,16 @@ Params = Any
 class TrainState:
     """What training changes and a checkpoint keeps.
 
-    step: () int32, updates done. params: the network's parameters. ema: their moving average, or None.
-    optimizer: the optax state. memory: what a method keeps between updates besides, or None. In a checkpoint every
-    field but `step` is an item of its own.
+    step: () int32, updates done. params: the network's parameters. ema: their moving average, or None. optimizer: the
+    optax state. averages: further moving averages by name, or None. memory: what a method keeps between updates
+    besides, or None. In a checkpoint every field but `step` is an item of its own.
     """
 
     step: jax.Array
     params: Params
     ema: Params | None
     optimizer: optax.OptState
+    averages: dict[str, Params] | None = None
     memory: Any = None
 
 
@@ -33,12 +34,12 @@ class Optimization:
 
     learning_rate: peak rate. warmup_updates: linear rise from 0 over so many updates (0 = none); warmup_from_zero: the
     first update has rate 0, as in EDM, instead of the first step of the rise. anneal: "constant", or "linear" to zero
-    at the end of the stage. weight_decay: decoupled, multiplied by the rate. gradient_clip: largest global norm
-    (0 = none). ema_decay: 0 = no average. ema_ramp: decay at most (1+n)/(10+n) after n updates, so that a short run is
-    not an average over its random initialisation. ema_half_life: the average as EDM states it, instead of ema_decay:
+    at the end of the stage. weight_decay: decoupled, multiplied by the rate. gradient_clip: largest global norm (0 =
+    none). ema_decay: 0 = no average. ema_ramp: decay at most (1+n)/(10+n) after n updates, so that a short run is not
+    an average over its random initialisation. ema_half_life: the average as EDM states it, instead of ema_decay:
     updates after which a parameter's share has halved, never more than ema_ramp_ratio (0 = no bound) of the updates
-    done. replace_non_finite: gradients that are NaN count as 0, infinite ones as 1e5, before the clip. b1, b2, eps:
-    Adam's.
+    done. averages: (name, half-life in updates) of further averages, with the same bound. replace_non_finite: gradients
+    that are NaN count as 0, infinite ones as 1e5, before the clip. b1, b2, eps: Adam's.
     """
 
     learning_rate: float
@@ -51,6 +52,7 @@ class Optimization:
     ema_ramp: bool = True
     ema_half_life: float = 0.0
     ema_ramp_ratio: float = 0.0
+    averages: tuple[tuple[str, float], ...] = ()
     replace_non_finite: bool = False
     b1: float = 0.9
     b2: float = 0.999
@@ -91,16 +93,20 @@ def learning_rate(optimization: Optimization, step: jax.Array, num_updates: jax.
 def ema_decay(optimization: Optimization, step: jax.Array) -> jax.Array:
     """Decay of the moving average at the update that brings the count to `step` >= 1, () float32."""
     if optimization.ema_half_life:
-        half_life = jnp.float32(optimization.ema_half_life)
-        if optimization.ema_ramp_ratio:  # nothing was done before the first update: the average becomes its outcome
-            before = jnp.asarray(step, jnp.float32) - 1.0
-            half_life = jnp.minimum(half_life, before * optimization.ema_ramp_ratio)
-        return 0.5 ** (1.0 / jnp.maximum(half_life, 1e-8))
+        return half_life_decay(optimization.ema_half_life, optimization.ema_ramp_ratio, step)
     decay = jnp.float32(optimization.ema_decay)
     if optimization.ema_ramp:
         done = jnp.asarray(step, jnp.float32)
         decay = jnp.minimum(decay, (1.0 + done) / (10.0 + done))
     return decay
+
+
+def half_life_decay(half_life: float, ramp_ratio: float, step: jax.Array) -> jax.Array:
+    """Decay at that update of an average with a half-life in updates, at most `ramp_ratio` (0 = any) of those done."""
+    life = jnp.float32(half_life)
+    if ramp_ratio:  # nothing was done before the first update: the average becomes its outcome
+        life = jnp.minimum(life, (jnp.asarray(step, jnp.float32) - 1.0) * ramp_ratio)
+    return 0.5 ** (1.0 / jnp.maximum(life, 1e-8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +119,8 @@ class Updater:
         """A fresh state at update 0. Copies: no leaf shares memory with `params` or another leaf, as donation needs."""
         params = _copy(params)
         ema = _copy(params) if self.optimization.ema_decay or self.optimization.ema_half_life else None
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, ema=ema, optimizer=self._chain().init(params))
+        averages = {name: _copy(params) for name, _ in self.optimization.averages} or None
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, self._chain().init(params), averages)
 
     def apply(
         self, state: TrainState, grads: Params, num_updates: jax.Array | int
@@ -128,12 +135,18 @@ class Updater:
         direction, optimizer = self._chain().update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
         step = state.step + 1
-        ema = state.ema
+        ema, averages = state.ema, state.averages
         if ema is not None:
-            decay = ema_decay(self.optimization, step)
-            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+            ema = _towards(ema, params, ema_decay(self.optimization, step))
+        if averages is not None:
+            ratio, lives = self.optimization.ema_ramp_ratio, dict(self.optimization.averages)
+            averages = {
+                name: _towards(average, params, half_life_decay(lives[name], ratio, step))
+                for name, average in averages.items()
+            }
         metrics = {"gradient_norm": optax.tree.norm(grads).astype(jnp.float32), "learning_rate": rate}
-        return dataclasses.replace(state, step=step, params=params, ema=ema, optimizer=optimizer), metrics
+        state = dataclasses.replace(state, step=step, params=params, ema=ema, averages=averages, optimizer=optimizer)
+        return state, metrics
 
     def averaged(self, state: TrainState) -> Params:
         """The moving average where there is one, otherwise the parameters."""
@@ -147,6 +160,10 @@ class Updater:
         if o.weight_decay:
             parts.append(optax.add_decayed_weights(o.weight_decay))
         return optax.chain(*parts)
+
+
+def _towards(average: Params, params: Params, decay: jax.Array) -> Params:
+    return jax.tree.map(lambda a, p: a + (1.0 - decay) * (p - a), average, params)
 
 
 def _copy(tree: Any) -> Any:

@@ -10,7 +10,7 @@ import toy_training as toy
 from diffdistill.training import loop, mesh, prefetch
 from diffdistill.training.errors import Interrupted
 from diffdistill.training.interrupt import Interrupt
-from diffdistill.training.relay import Relay
+from diffdistill.training.relay import Relay, timed
 
 STARTS = (0, 5, 12)
 
@@ -28,8 +28,8 @@ def test_every_tree_is_read_once_and_the_next_one_in_the_background():
         threads.append(threading.current_thread() is threading.main_thread())
         return number
 
-    relay = Relay(STARTS, reading)
-    assert [relay.at(update) for update in range(14)] == [0] * 5 + [1] * 7 + [2] * 2
+    relay = timed(STARTS, reading)
+    assert [relay.at(update, None) for update in range(14)] == [0] * 5 + [1] * 7 + [2] * 2
     relay.close()
     assert read == [0, 1, 2]
     assert threads == [True, False, False]
@@ -37,8 +37,8 @@ def test_every_tree_is_read_once_and_the_next_one_in_the_background():
 
 def test_a_later_beginning_reads_only_what_is_left():
     read = []
-    relay = Relay(STARTS, lambda number: read.append(number) or number)
-    assert relay.at(11) == 1
+    relay = timed(STARTS, lambda number: read.append(number) or number)
+    assert relay.at(11, None) == 1
     relay.close()
     assert read == [1, 2]
 
@@ -49,17 +49,17 @@ def test_what_goes_wrong_in_the_background_is_raised_when_the_tree_is_needed():
             raise ValueError("damaged")
         return number
 
-    relay = Relay(STARTS, reading)
-    assert relay.at(4) == 0
+    relay = timed(STARTS, reading)
+    assert relay.at(4, None) == 0
     with pytest.raises(ValueError, match="damaged"):
-        relay.at(5)
+        relay.at(5, None)
     relay.close()
 
 
 @pytest.mark.parametrize("starts", [(), (1, 2), (0, 0), (0, 5, 3)])
 def test_turns_that_make_no_sense_are_refused(starts):
     with pytest.raises(ValueError, match="expected increasing numbers"):
-        Relay(starts, lambda number: number)
+        timed(starts, lambda number: number)
 
 
 def test_no_call_reaches_over_a_change():
@@ -75,7 +75,7 @@ def test_the_loop_swaps_without_compiling_and_resumes_bit_for_bit(tmp_path, cut_
         return toy.step(*arguments)
 
     compiled = loop.compile_step(counted, mesh.make_mesh(), 3)
-    whole = toy.train(tmp_path / "whole", 16, compiled=compiled, frozen=Relay(STARTS, teacher))
+    whole = toy.train(tmp_path / "whole", 16, compiled=compiled, frozen=timed(STARTS, teacher))
     interrupt = Interrupt()
 
     def read(index):
@@ -85,18 +85,18 @@ def test_the_loop_swaps_without_compiling_and_resumes_bit_for_bit(tmp_path, cut_
 
     with pytest.raises(Interrupted):
         toy.train(
-            tmp_path / "cut", 16, compiled=compiled, frozen=Relay(STARTS, teacher), read=read, interrupt=interrupt
+            tmp_path / "cut", 16, compiled=compiled, frozen=timed(STARTS, teacher), read=read, interrupt=interrupt
         )
-    again = toy.train(tmp_path / "cut", 16, compiled=compiled, frozen=Relay(STARTS, teacher))
+    again = toy.train(tmp_path / "cut", 16, compiled=compiled, frozen=timed(STARTS, teacher))
     assert toy.same_bits(whole, again)
     assert len(traces) == 1
-    other = toy.train(tmp_path / "other", 16, compiled=compiled, frozen=Relay((0, 6, 12), teacher))
+    other = toy.train(tmp_path / "other", 16, compiled=compiled, frozen=timed((0, 6, 12), teacher))
     assert not toy.same_bits(whole, other)  # the update of a swap matters
 
 
 def test_the_trees_in_use_are_those_of_their_turn(tmp_path):
     """The loop by hand, with the tree of every update named."""
-    found = toy.train(tmp_path, 14, frozen=Relay(STARTS, teacher), updates_per_call=1)
+    found = toy.train(tmp_path, 14, frozen=timed(STARTS, teacher), updates_per_call=1)
     state, step = toy.init(), jax.jit(toy.step)
     for i in range(14):
         arguments = {"num_updates": np.int32(14), "noise": np.float32(0.1)}
@@ -104,3 +104,33 @@ def test_the_trees_in_use_are_those_of_their_turn(tmp_path):
         state, _ = step(state, teacher(0 if i < 5 else 1 if i < 12 else 2), toy.batch(i), key, arguments)
     for name, value in toy.leaves(state).items():
         np.testing.assert_allclose(toy.leaves(found)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_state_may_say_whose_turn_it_is_and_is_asked_at_changes_alone(tmp_path):
+    """Trees that change by what the updates led to: the same bits when the run is cut between two changes."""
+    asked = []
+
+    def number(update, state):
+        asked.append(update)
+        return min(2, int(state.step) // 5) if update < 10 else 1  # back to a tree that was left
+
+    def relay():
+        return Relay((0, 4, 8, 12), 3, number, teacher)
+
+    compiled = loop.compile_step(toy.step, mesh.make_mesh(), 3)
+    whole = toy.train(tmp_path / "whole", 16, compiled=compiled, frozen=relay())
+    assert asked == [0, 4, 8, 12]
+    timed_alike = toy.train(
+        tmp_path / "timed", 16, compiled=compiled, frozen=Relay((0, 8), 2, lambda u, s: u >= 8, teacher)
+    )
+    assert toy.same_bits(whole, timed_alike)
+    interrupt = Interrupt()
+
+    def read(index):
+        if index == 9:
+            interrupt.request("test")
+        return toy.batch(index)
+
+    with pytest.raises(Interrupted):
+        toy.train(tmp_path / "cut", 16, compiled=compiled, frozen=relay(), read=read, interrupt=interrupt)
+    assert toy.same_bits(whole, toy.train(tmp_path / "cut", 16, compiled=compiled, frozen=relay()))
