@@ -118,7 +118,7 @@ class TeacherConfig(OptimizationConfig):
     noise: str = "schedule"
     p_mean: float = -1.2  # of lognormal: ln s is normal with this mean and p_std, s = sigma / alpha
     p_std: float = 1.2
-    noise_sigma_min: float = 0.02  # of ve: ln s is uniform between the logarithms of these
+    noise_sigma_min: float = 0.02  # of ve and karras: from and to
     noise_sigma_max: float = 100.0
     importance_sampling: bool = False  # of the steps of a discrete schedule, by their losses so far
 

@@ -1,8 +1,8 @@
 """The way of DisBack back along a recorded path: which of its checkpoints are targets, and when the next one's turn is.
 
 The paper (Zhang et al. 2025, algorithm 2) takes checkpoints at even intervals, each for a fixed number of updates. Two
-options go beyond it: targets that are apart in what they know instead of in updates (`apart`), and a target that is left
-when the fake denoiser has stopped coming nearer to it (`advance`).
+options go beyond it: targets that are apart in what they know instead of in updates (`apart`), and a target that is
+left when the fake denoiser has stopped coming nearer to it (`advance`).
 """
 
 from collections.abc import Sequence

@@ -94,6 +94,10 @@ def test_the_config_says_the_noise():
         ),
         "vp": (TeacherConfig(noise="vp"), {}),
         "iddpm": (TeacherConfig(noise="iddpm"), {}),
+        "karras": (
+            TeacherConfig(noise="karras", noise_sigma_min=0.1, noise_sigma_max=3.0),
+            {"sigma_min": 0.1, "sigma_max": 3.0},
+        ),
     }
     assert set(told) == set(noise.NOISES)
     for name, (settings, own) in told.items():
