@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffdistill.sample import Generator
+    from diffdistill.generator import Generator
 
 
 def load(path: str | os.PathLike[str], stage: str = "") -> Generator:

@@ -30,9 +30,9 @@ from diffdistill.diffusion.schedules import Schedule
 from diffdistill.evaluation import analysis_plots, protocols
 from diffdistill.evaluation import images as grids
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.generator import Generator
 from diffdistill.methods import base
 from diffdistill.models.denoiser import Condition, Denoiser
-from diffdistill.sample import Generator
 from diffdistill.samplers import ancestral
 
 # Distance of images (N, H, W, C), float32 in units of [-1, 1] (noisy ones beyond it), pair by pair: (N,).

@@ -17,8 +17,8 @@ from diffdistill.config import Config
 from diffdistill.data.pipeline import Batch
 from diffdistill.evaluation import results
 from diffdistill.fields import one_of
+from diffdistill.generator import Generator
 from diffdistill.methods.base import ARGUMENTS
-from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.loop import compile_step
 

@@ -51,7 +51,7 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.evaluation.reference import StatisticsError
     from diffdistill.evaluation.results import ResultsError
     from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError, OtherProcessFailed
-    from diffdistill.sample import SampleError
+    from diffdistill.generator import SampleError
     from diffdistill.training import mesh
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.training.interrupt import Interrupt, catch_signals

@@ -22,8 +22,9 @@ from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
 from diffdistill.evaluation import images, results
 from diffdistill.evaluation.stream import EvaluationInterrupted
+from diffdistill.generator import Generator, Samples
 from diffdistill.judges.contract import SHOWN, Judge, Measurement
-from diffdistill.sample import NOT_SHOWN, Generator, Samples, load_stage, samplers_for
+from diffdistill.sample import NOT_SHOWN, load_stage, samplers_for
 from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt

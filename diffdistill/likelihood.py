@@ -18,8 +18,8 @@ from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
 from diffdistill.diffusion import process, variational
 from diffdistill.diffusion.schedules import Schedule
+from diffdistill.generator import Generator
 from diffdistill.models.denoiser import Condition, Denoiser
-from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 
 

@@ -16,7 +16,9 @@ from diffdistill.data.pipeline import gather
 from diffdistill.data.pixels import SUFFIXES, decode
 from diffdistill.data.unlabelled import open_unlabelled
 from diffdistill.evaluation import images, protocols
-from diffdistill.sample import Generator, SampleError, Samples, load_from, shown_of
+from diffdistill.generator import Generator, SampleError, Samples
+from diffdistill.sample import load_from
+from diffdistill.sampling_program import shown_of
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir, WorkdirError
 

@@ -16,8 +16,9 @@ from diffdistill.evaluation import plots, results
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.plots import Curve
 from diffdistill.evaluation.stream import EvaluationInterrupted
+from diffdistill.generator import SampleError
 from diffdistill.judges.contract import Measurement
-from diffdistill.sample import SampleError, load_stage
+from diffdistill.sample import load_stage
 from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints

@@ -20,8 +20,8 @@ from diffdistill import chain, sample
 from diffdistill.chain import Stage
 from diffdistill.diffusion.schedules import Schedule
 from diffdistill.evaluation import features, metrics, strokes
+from diffdistill.generator import Generator, SampleError
 from diffdistill.models.denoiser import Condition, Denoiser
-from diffdistill.sample import Generator, SampleError
 from diffdistill.samplers import ddim
 from diffdistill.training import mesh as meshes
 from diffdistill.workdir import Workdir

@@ -17,7 +17,7 @@ from diffdistill.evaluate import params_hash
 from diffdistill.evaluation import features, images
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.stream import EvaluationInterrupted
-from diffdistill.sample import Generator, SampleError
+from diffdistill.generator import Generator, SampleError
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.transfer import Pair, Transfer, figures, many_step_noise, pairs, transfer

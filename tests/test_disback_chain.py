@@ -21,10 +21,11 @@ from diffdistill.config import ConfigError, default_config, resolve, smoke, to_d
 from diffdistill.data.pipeline import Batches
 from diffdistill.diffusion import process
 from diffdistill.evaluation import results
+from diffdistill.generator import SampleError
 from diffdistill.judges.contract import Figures
 from diffdistill.methods import base, score_distillation
 from diffdistill.models.denoiser import Condition
-from diffdistill.sample import SampleError, load, load_from
+from diffdistill.sample import load, load_from
 from diffdistill.training import mesh as meshes
 from diffdistill.training import relay
 from diffdistill.training.checkpoints import StageCheckpoints

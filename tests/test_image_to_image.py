@@ -13,8 +13,8 @@ from diffdistill import chain, evaluate, runner, sample, sample_files
 from diffdistill.config import ConfigError, resolve
 from diffdistill.diffusion import conditioning
 from diffdistill.evaluation import images, results
+from diffdistill.generator import SampleError
 from diffdistill.models.denoiser import Condition
-from diffdistill.sample import SampleError
 from diffdistill.training.interrupt import Interrupt
 
 FACTS = chain.DataFacts((8, 8, 3), 10)

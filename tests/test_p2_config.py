@@ -11,7 +11,8 @@ from configs import p2
 from diffdistill import chain, evaluate, runner
 from diffdistill.config import Config, ConfigError, resolve
 from diffdistill.evaluation import results
-from diffdistill.sample import SampleError, load_from
+from diffdistill.generator import SampleError
+from diffdistill.sample import load_from
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.errors import Interrupted

@@ -11,7 +11,7 @@ from PIL import Image
 
 import diffdistill
 from diffdistill import sample, sample_files
-from diffdistill.sample import SampleError
+from diffdistill.generator import SampleError
 from diffdistill.workdir import WorkdirError
 
 LAST = "round_01_steps_0001"

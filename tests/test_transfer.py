@@ -10,7 +10,7 @@ import pytest
 from diffdistill import chain, report, runner, sample, transfer, transfer_files, workdir
 from diffdistill.config import EncoderConfig
 from diffdistill.evaluation import images
-from diffdistill.sample import SampleError
+from diffdistill.generator import SampleError
 from diffdistill.training.interrupt import Interrupt
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from diffdistill.chain import Stage
-from diffdistill.sample import Generator, Samples
+from diffdistill.generator import Generator, Samples
 from diffdistill.training.interrupt import Interrupt
 
 SHOWN = 200  # images of every measurement that are kept for pictures

@@ -17,8 +17,8 @@ from diffdistill.data.contract import DataError, Source
 from diffdistill.data.pipeline import gather
 from diffdistill.evaluation import features, metrics, moments
 from diffdistill.evaluation.moments import Moments
+from diffdistill.generator import Generator
 from diffdistill.judges.contract import Figures, Measurement
-from diffdistill.sample import Generator
 from diffdistill.samplers import STOCHASTIC
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt

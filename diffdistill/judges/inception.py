@@ -12,8 +12,8 @@ from diffdistill.evaluation import measuring, stream
 from diffdistill.evaluation.measuring import Network
 from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.stream import Chunk, Partial
+from diffdistill.generator import Generator
 from diffdistill.judges.contract import SHOWN, Figures, Measurement
-from diffdistill.sample import Generator
 from diffdistill.training import mesh as meshes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir

@@ -14,7 +14,7 @@ from diffdistill.data.latents import open_latents, scaled
 from diffdistill.data.pipeline import Batches, gather, in_memory
 from diffdistill.data.prepare import prepare
 from diffdistill.data.sources import open_source
-from diffdistill.sample import SampleError
+from diffdistill.generator import SampleError
 from diffdistill.training.interrupt import Interrupt
 
 SHAPE = (8, 8, 4)
