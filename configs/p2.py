@@ -20,7 +20,14 @@ from configs import digits, fashion_mnist
 from diffdistill import presets
 from diffdistill.config import default_config, smoke
 
-DATASETS = ("ffhq", "celebahq", "cub", "afhq-dog", "flowers", "metfaces")
+DATASETS = {  # names of rows and, at 256 pixels, of the tables of published figures
+    "ffhq": "ffhq256",
+    "celebahq": "celebahq256",
+    "cub": "cub256",
+    "afhq-dog": "afhq_dog256",
+    "flowers": "flowers256",
+    "metfaces": "metfaces256",
+}
 SMALL = ("digits", "fashion")
 SCHEDULES, GAMMAS = ("linear", "cosine"), ("0", "0.5", "1")
 ROWS = (
@@ -65,7 +72,7 @@ def _small(config: Any) -> None:
 def _published(config: Any, name: str) -> None:
     """The light ADM: one residual block per level, attention at 16x16 and in the middle."""
     data, model, teacher = config.data, config.model, config.teacher
-    data.source, data.dataset, data.flip = "array_record", name, True
+    data.source, data.dataset, data.flip = "array_record", DATASETS[name], True
     data.image_shape, data.num_classes = (256, 256, 3), 0
     model.conditional, model.architecture = False, "edm_adm"
     model.channels, model.multipliers, model.embedding = 128, (1, 1, 2, 2, 4, 4), 512

@@ -216,12 +216,17 @@ def weight_of(model: ModelConfig, name: str, **settings: Any) -> Callable[[jax.A
     return weighting.get(name, **_sigma_data(name, model), **settings)
 
 
+def weight_settings(settings: OptimizationConfig) -> dict[str, float]:
+    """What the weight of a stage takes beside the noise level, such as k and gamma of p2."""
+    values = {"k": settings.weight_k, "gamma": settings.weight_gamma, "shift": settings.weight_shift}
+    values |= {"g": settings.weight_g} if settings.weight_g else {}
+    return weighting.settings_of(settings.weight, values)
+
+
 def stage_weight(config: Config, settings: OptimizationConfig) -> Callable[[jax.Array], jax.Array]:
     """The loss weight of a stage with all that its part of the config says of it."""
     schedule = schedule_of(config.process)
-    values = {"k": settings.weight_k, "gamma": settings.weight_gamma, "shift": settings.weight_shift}
-    values |= {"g": settings.weight_g} if settings.weight_g else {}
-    own = weighting.settings_of(settings.weight, values)
+    own: dict[str, Any] = weight_settings(settings)
     if weighting.per_unit_log_snr(settings.weight):
         own["rate"] = schedules.rate(schedule)
     weight = weight_of(config.model, settings.weight, **own)

@@ -256,6 +256,7 @@ class Model:
             guidance_range=chain.guidance_range(config, item.stage),
             prediction=config.model.prediction,
             weight=item.stage.settings.weight,
+            weight_settings=chain.weight_settings(item.stage.settings),
             **more,
         )
 

@@ -42,7 +42,7 @@ def test_every_row_is_a_teacher_with_its_weight(row):
 
 def test_the_published_network_and_training():
     found = config("ffhq-linear-0.5")
-    for name in p2.DATASETS[1:]:
+    for name in list(p2.DATASETS)[1:]:
         other = config(f"{name}-linear-0.5")
         assert (other.model, other.teacher, other.process) == (found.model, found.teacher, found.process)
     facts = chain.DataFacts(found.data.image_shape, found.data.num_classes)

@@ -29,7 +29,7 @@ _METHODS: dict[str, Callable[[Record], bool]] = {
     "disback": lambda record: record.get("method") == "disback",
     "diff_instruct": lambda record: record.get("method") == "diff_instruct",
 }
-_SAMPLERS = {"deterministic": "ddim"}
+_SAMPLERS = {"deterministic": ("ddim",), "ancestral": ("ancestral", "respaced")}
 # Details that repeat the columns beside them.
 _REPEATED = re.compile(r"ddim \d+x2|")
 _ARCHITECTURES = {"vp": "ddpmpp", "ve": "ncsnpp", "adm": "adm"}
@@ -164,7 +164,7 @@ def _is_sampler(row: Row, record: Record) -> bool:
     """Whether a record's sampler is that of the row: by name, or as a choice of solver of the ablation sampler."""
     if record.get("sampler") == "ablation":
         return row.paper == "edm" and f"solver {row.sampler}," in str(record.get("protocol", ""))
-    return record.get("sampler") == _SAMPLERS.get(row.sampler, row.sampler)
+    return record.get("sampler") in _SAMPLERS.get(row.sampler, (row.sampler,))
 
 
 def _has_detail(detail: str, record: Record) -> bool:
@@ -177,15 +177,22 @@ def _has_detail(detail: str, record: Record) -> bool:
         "weight": lambda value: record.get("weight") == value,
         "config": lambda value: value in parts,
         "arch": lambda value: _ARCHITECTURES[value] in parts,
-        "gamma": lambda value: record.get("weight") == "snr" and value == "0",
+        "gamma": lambda value: _gamma(record) == float(value),
     }
     for start, network in _PRETRAINED.items():
         if detail.startswith(start):
             return record.get("prediction") == network and not detail.endswith("original sampler")
     if detail == "P2":
-        return record.get("weight") == "p2"
+        return _gamma(record) > 0.0
     pairs = [pair.partition("=") for pair in detail.split(";")]
     return all(kind in kinds and kinds[kind](value) for kind, _, value in pairs)
+
+
+def _gamma(record: Record) -> float:
+    """That of the weight of Choi et al. 2022, whose baseline is the plain error of the noise; below 0: of another."""
+    if record.get("weight") == "snr":
+        return 0.0
+    return float((record.get("weight_settings") or {}).get("gamma", -1.0))
 
 
 def _width(record: Record) -> float:

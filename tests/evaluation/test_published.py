@@ -7,6 +7,7 @@ import io
 
 import pytest
 
+from configs.p2 import DATASETS
 from diffdistill.evaluation import comparison, published, results
 from diffdistill.weights import fetch
 
@@ -104,6 +105,19 @@ def test_rows_of_other_kinds_find_their_records():
     edm = row("edm/2", dataset="cifar10", conditional="yes", detail="config=F;arch=vp")
     ours = {"method": "teacher", "conditional": True, "sampler": "heun", "num_steps": 18, "network_evaluations": 35}
     assert published.measured(edm, [record(**ours, config="edm-cifar10-cond-ddpmpp-F")]).value == 3.21
+    baseline, weighted = (row("p2/1", dataset="ffhq256", detail=detail) for detail in ("gamma=0", "P2"))
+    faces = {"method": "teacher", "dataset": "ffhq256", "sampler": "respaced", "num_steps": 250}
+    for made, fits in (
+        ({"weight": "snr"}, (True, False)),
+        ({"weight": "p2", "weight_settings": {"k": 1.0, "gamma": 0.0}}, (True, False)),
+        ({"weight": "p2", "weight_settings": {"k": 1.0, "gamma": 0.5}}, (False, True)),
+        ({"weight": "min_snr", "weight_settings": {"g": 5.0}}, (False, False)),
+    ):
+        assert tuple(bool(published.measured(each, [record(**faces, **made)])) for each in (baseline, weighted)) == fits
+    assert published.measured(baseline, [record(**faces | {"sampler": "respaced_ddim"}, weight="snr")]) is None
+    assert {entry.dataset for name in ("p2/1", "p2/quoted") for entry in published.table(name)} == set(
+        DATASETS.values()
+    )
     for other in ("edm-cifar10-cond-ddpmpp-E", "edm-cifar10-cond-ncsnpp-F"):
         assert published.measured(edm, [record(**ours, config=other)]) is None
 
