@@ -3,8 +3,8 @@
     python results/disback_table.py --teacher=runs/digits_edm --folder=runs/disback_table --jobs=2
 
 --teacher is a finished run of configs/digits.py:edm, whose teacher all runs share; its students of one step, where it
-has them, are printed beside. Each run is configs/disback.py:digits with its own seed and path, all else equal. Every
-kept checkpoint is measured; updates count those of the path. Killed, the same command continues.
+has them, are printed beside. Each run is configs/disback.py:digits with its own seed and row of VARIANTS, all else equal.
+Every kept checkpoint is measured; updates count those of the path. Killed, the same command continues.
 """
 
 import argparse
@@ -27,20 +27,31 @@ from diffdistill.training.interrupt import catch_signals
 
 Records = list[results.Record]
 
+BASELINE = "Diff-Instruct"
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASELINE: {"path": 0},
+    "path of 2": {"path": 2},
+    "path of 5": {"path": 5},
+    "path of 10": {"path": 10},
+    # Beyond the paper, each beside the path of 5: targets by their loss, out of a finer record; targets left early.
+    "targets by loss": {"path": 20, "interval": 10, "path_share": 0.1},
+    "adaptive walk": {"path": 5, "walk": "adaptive", "walk_window": 10},
+}
 
-def config_of(path: int, seed: int, updates: int) -> Config:
+
+def config_of(variant: str, seed: int, updates: int) -> Config:
     """The config of one run."""
     settings = disback.get_config("digits")
-    settings.name, settings.seed = name_of(path, seed), seed
-    settings.disback.path = path
+    settings.name, settings.seed = name_of(variant, seed), seed
+    settings.disback.update(VARIANTS[variant])
     if updates:
         settings.disback.num_updates = updates
     return resolve(settings)
 
 
-def name_of(path: int, seed: int) -> str:
+def name_of(variant: str, seed: int) -> str:
     """Of a run, and its folder."""
-    return f"path_{path:02d}_seed_{seed}"
+    return f"{variant.lower().replace(' ', '_').replace('-', '_')}_seed_{seed}"
 
 
 def work(config: Config, folder: Path, teacher: Path) -> None:
@@ -72,14 +83,16 @@ def reached(records: Records, bound: float) -> int | None:
     return next((updates for updates, distance in distances(records) if distance <= bound), None)
 
 
-def table(runs: dict[int, dict[int, Records]]) -> str:
-    """Markdown out of {path: {seed: records}}: one row per path."""
+def table(runs: dict[str, dict[int, Records]]) -> str:
+    """Markdown out of {variant: {seed: records}}: one row per variant."""
     lines = [
-        "| path | best distance | at update | class accuracy there | updates to the baseline's best | speed-up |",
+        "| generator | best distance | at update | class accuracy there | updates to the baseline's best | speed-up |",
         "|---" * 6 + "|",
     ]
-    bests = {seed: min(distances(records), key=lambda point: point[1]) for seed, records in runs.get(0, {}).items()}
-    for path, seeds in sorted(runs.items()):
+    bests = {
+        seed: min(distances(records), key=lambda point: point[1]) for seed, records in runs.get(BASELINE, {}).items()
+    }
+    for variant, seeds in runs.items():
         best = [min(distances(records), key=lambda point: point[1]) for records in seeds.values()]
         accuracy = [
             next(
@@ -92,7 +105,7 @@ def table(runs: dict[int, dict[int, Records]]) -> str:
         when = {seed: reached(records, bests[seed][1]) for seed, records in seeds.items() if seed in bests}
         ratios = [bests[seed][0] / at for seed, at in when.items() if at is not None]
         cells = (
-            str(path) if path else "0 (Diff-Instruct)",
+            variant,
             text([distance for _, distance in best], 3),
             text([float(updates) for updates, _ in best], 0),
             text(accuracy, 3),
@@ -125,33 +138,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/disback_table"))
-    parser.add_argument("--paths", default="0,2,5,10", help="comma-separated; 0 is the baseline")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated, of " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--updates", type=int, default=0, help="of every generator (default: the config's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--only", default="", help="PATH,SEED: this one run, without a table")
+    parser.add_argument("--only", default="", help="VARIANT,SEED: this one run, without a table")
     arguments = parser.parse_args()
     if arguments.only:
-        path, seed = map(int, arguments.only.split(","))
-        config = config_of(path, seed, arguments.updates)
-        work(config, arguments.folder / name_of(path, seed), arguments.teacher)
+        variant, seed = arguments.only.split(",")
+        config = config_of(variant, int(seed), arguments.updates)
+        work(config, arguments.folder / name_of(variant, int(seed)), arguments.teacher)
         return
-    paths, seeds = ([int(each) for each in text.split(",")] for text in (arguments.paths, arguments.seeds))
+    variants, seeds = arguments.variants.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    if unknown := set(variants) - VARIANTS.keys():
+        parser.error(f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
 
-    def start(one: tuple[int, int]) -> int:
+    def start(one: tuple[str, int]) -> int:
         command = [sys.executable, __file__, *sys.argv[1:], f"--only={one[0]},{one[1]}"]
         return subprocess.run(command, check=False).returncode
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        failed = [code for code in pool.map(start, [(path, seed) for seed in seeds for path in paths]) if code]
-    runs: dict[int, dict[int, Records]] = {}
+        failed = [code for code in pool.map(start, [(variant, seed) for seed in seeds for variant in variants]) if code]
+    runs: dict[str, dict[int, Records]] = {}
     curves: list[Any] = []
-    for path in paths:
+    for variant in variants:
         for seed in seeds:
-            records = results.read(arguments.folder / name_of(path, seed) / trajectory.FILE)
+            records = results.read(arguments.folder / name_of(variant, seed) / trajectory.FILE)
             if records:
-                runs.setdefault(path, {})[seed] = records
-                curves += trajectory.curve(records, f"path {path}" if path else "Diff-Instruct")
+                runs.setdefault(variant, {})[seed] = records
+                curves += trajectory.curve(records, variant)
     print(f"{mesh.describe(mesh.make_mesh())}\n{beside(arguments.teacher)}\n\n{table(runs)}")
     print(trajectory.save_plot(arguments.folder / "trajectory.png", curves))
     if failed:
