@@ -3,8 +3,8 @@
     python results/disback_table.py --teacher=runs/digits_edm --folder=runs/disback_table --jobs=2
 
 --teacher is a finished run of configs/digits.py:edm, whose teacher all runs share; its students of one step, where it
-has them, are printed beside. Each run is configs/disback.py:digits with its own seed and row of VARIANTS, all else equal.
-Every kept checkpoint is measured; updates count those of the path. Killed, the same command continues.
+has them, are printed beside. Each run is configs/disback.py:digits with its own seed and row of VARIANTS, all else
+equal. Every kept checkpoint is measured; updates count those of the path. Killed, the same command continues.
 """
 
 import argparse
