@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -52,13 +53,17 @@ def build(cls: Any, settings: Any, where: str) -> Any:
 
 def kind_of(cls: Any, name: str, where: str) -> Any:
     """The type of a field; ConfigError with the nearest name where there is none."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     if name not in hints:
         raise ConfigError(
             f"{where}.{name} is not a field.{nearest(name, names(cls))} "
             f"The fields of {where} are: {', '.join(names(cls))}."
         )
     return hints[name]
+
+
+# Asked once for every field of every config, and slow.
+_hints = functools.cache(get_type_hints)
 
 
 def names(cls: Any) -> list[str]:
