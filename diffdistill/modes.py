@@ -269,8 +269,8 @@ def _analyse(interrupt: Any) -> None:
         folder = _as_asked(workdir.read(path), config)
         config = folder.config
         generator = sample.load_from(folder, FLAGS.stage or "teacher")
-        if generator.guidance_range is not None or generator.is_encoder:
-            fail(f"--stage={FLAGS.stage} cannot reconstruct: choose the teacher or a student without w.", EXIT_USAGE)
+        if generator.guidance_range is not None or generator.is_encoder or generator.sampler == "one_step":
+            fail(f"--stage={generator.name} cannot reconstruct: choose the teacher or a student without w.", EXIT_USAGE)
     place = Path(FLAGS.out) if FLAGS.out else path / "analysis"
     place.mkdir(parents=True, exist_ok=True)
     source, distance, title = analysis_distances.choose(config, place, FLAGS.lpips, say)

@@ -152,6 +152,9 @@ def test_samples_are_written_and_what_cannot_be_sampled_is_refused(smoke_run, tm
     assert done.stderr == ""
     assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "samples.npz"}
     failed(main("--mode=sample", f"--workdir={smoke_run.path}", "--w=7"), 2, "from 0.0 to 2.0")
+    failed(
+        main("--mode=analyse", f"--workdir={smoke_run.path}", "--stage=guided"), 2, "--stage=guided cannot reconstruct"
+    )
 
 
 def full_disk(folder: Path, size: str) -> bool:

@@ -11,6 +11,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -370,6 +371,44 @@ def test_every_kind_of_teacher_and_start_has_its_stages(name):
         assert {"loss", "gradient_norm"} <= metrics.keys()
         assert jax.tree.structure(method.export(after)) == jax.tree.structure(params)
     assert {"mismatch", "mismatch_by_log_snr", "fake_gradient_norm"} <= metrics.keys()
+
+
+def gradients(**model):
+    """Those of generator and fake denoiser in one update of all three roles, as flat vectors, and the metrics."""
+    settings = digits.get_config("smoke")
+    settings.model.update({"multipliers": (1,), "attention_resolutions": (), **model})
+    settings.guided.num_updates = settings.progressive.num_updates = settings.disback.path = 0
+    settings.disback.num_updates = 4
+    chosen = resolve(settings)
+    stage = chain.plan(chosen)[-1]
+    method, denoiser = chain.method_of(chosen, stage, FACTS), chain.denoiser_of(chosen, stage, FACTS)
+
+    def network(number):
+        flat, structure = jax.tree.flatten(denoiser.init(jax.random.key(0)))
+        keys = jax.random.split(jax.random.key(number), len(flat))
+        moved = [p + 0.05 * jax.random.normal(key, p.shape) for p, key in zip(flat, keys, strict=True)]
+        return jax.tree.unflatten(structure, moved)
+
+    state = method.init(jax.random.key(0), {"generator": network(1), "fake": network(2)})
+    batch = {"label": jnp.arange(16, dtype=jnp.int32) % 10}
+    arguments = {name: jnp.int32(4) for name in base.ARGUMENTS}
+    after, metrics = jax.jit(method.step)(state, {"teacher": network(1)}, batch, jax.random.key(3), arguments)
+    # Adam without a first average keeps the gradient itself.
+    kept = [jax.tree.leaves(optax.tree.get(role.optimizer, "mu")) for role in (after, after.fake)]
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
+    return [np.concatenate([np.ravel(leaf) for leaf in leaves]) for leaves in kept], metrics
+
+
+def test_rematerialisation_changes_no_gradient_and_bfloat16_little():
+    plain, metrics = gradients()
+    recomputed, _ = gradients(remat=True)
+    rough, rough_metrics = gradients(dtype="bfloat16")
+    for exact, again, near in zip(plain, recomputed, rough, strict=True):
+        scale = np.linalg.norm(exact)
+        assert scale > 0
+        assert np.linalg.norm(again - exact) < 1e-4 * scale
+        assert 1e-5 * scale < np.linalg.norm(near - exact) < 0.1 * scale
+    np.testing.assert_allclose(rough_metrics["mismatch"], metrics["mismatch"], rtol=0.05)
 
 
 def test_the_plan_counts_three_networks_two_optimisers_and_the_average():
