@@ -4,15 +4,17 @@
 
 --teacher is a finished run of configs/digits.py:edm, whose teacher all runs share; its students of one step, where it
 has them, are printed beside. Each run is configs/disback.py:digits with its own seed and row of VARIANTS, all else
-equal. Every kept checkpoint is measured; updates count those of the path. Killed, the same command continues.
+equal. Every kept checkpoint is measured; updates count those of the path. Killed, the same command continues. Fields of
+config.disback for all runs stand at the end: -- num_updates=600 learning_rate=1e-3 (with a --folder of their own).
 """
 
 import argparse
+import ast
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,13 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(variant: str, seed: int, updates: int) -> Config:
-    """The config of one run."""
+def config_of(variant: str, seed: int, changes: Mapping[str, Any]) -> Config:
+    """The config of one run, with fields of config.disback for all of them."""
     settings = disback.get_config("digits")
     settings.name, settings.seed = name_of(variant, seed), seed
-    settings.disback.update(VARIANTS[variant])
-    if updates:
-        settings.disback.num_updates = updates
+    settings.disback.update({**changes, **VARIANTS[variant]})
     return resolve(settings)
 
 
@@ -140,13 +140,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/disback_table"))
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated, of " + ", ".join(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--updates", type=int, default=0, help="of every generator (default: the config's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--only", default="", help="VARIANT,SEED: this one run, without a table")
+    parser.add_argument("changes", nargs="*", help="FIELD=VALUE of config.disback, after --")
     arguments = parser.parse_args()
     if arguments.only:
         variant, seed = arguments.only.split(",")
-        config = config_of(variant, int(seed), arguments.updates)
+        changes = {
+            name: ast.literal_eval(value) for name, _, value in (each.partition("=") for each in arguments.changes)
+        }
+        config = config_of(variant, int(seed), changes)
         work(config, arguments.folder / name_of(variant, int(seed)), arguments.teacher)
         return
     variants, seeds = arguments.variants.split(","), [int(seed) for seed in arguments.seeds.split(",")]
@@ -154,7 +157,7 @@ def main() -> None:
         parser.error(f"--variants: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
 
     def start(one: tuple[str, int]) -> int:
-        command = [sys.executable, __file__, *sys.argv[1:], f"--only={one[0]},{one[1]}"]
+        command = [sys.executable, __file__, f"--only={one[0]},{one[1]}", *sys.argv[1:]]
         return subprocess.run(command, check=False).returncode
 
     with ThreadPoolExecutor(arguments.jobs) as pool:

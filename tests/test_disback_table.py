@@ -18,7 +18,7 @@ def records(distances, before=0):
 def test_every_variant_differs_from_the_digits_in_what_it_says_alone():
     whole = resolve(disback.get_config("digits"))
     for variant, changes in disback_table.VARIANTS.items():
-        found = disback_table.config_of(variant, 2, 900)
+        found = disback_table.config_of(variant, 2, {"num_updates": 900})
         own = dataclasses.replace(whole.disback, num_updates=900, **changes)
         assert found == dataclasses.replace(whole, name=found.name, seed=2, disback=own)
     assert len({disback_table.name_of(variant, 0) for variant in disback_table.VARIANTS}) == len(disback_table.VARIANTS)
