@@ -163,7 +163,8 @@ def test_the_whole_walk_is_one_trace(whole):
     assert len(whole[2]) == 1
 
 
-def test_a_path_that_was_interrupted_ends_in_the_same_bits(tmp_path, beginning, whole, monkeypatch):
+def interrupted(folder, beginning, settings):
+    """Trains until a signal comes while the fourth batch of the first stage is read that is not finished."""
     interrupt = Interrupt()
     original = Batches.__call__
 
@@ -172,10 +173,14 @@ def test_a_path_that_was_interrupted_ends_in_the_same_bits(tmp_path, beginning, 
             interrupt.request("test")
         return original(self, index)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "__call__", reading)
         with pytest.raises(Interrupted):
-            trained(tmp_path / "run", beginning, config(), interrupt)
+            trained(folder, beginning, settings, interrupt)
+
+
+def test_a_path_that_was_interrupted_ends_in_the_same_bits(tmp_path, beginning, whole):
+    interrupted(tmp_path / "run", beginning, config())
     assert not (tmp_path / "run" / "one_step").exists()
     run = trained(tmp_path / "run", beginning, config())
     for stage in ("degradation", "one_step"):
@@ -213,18 +218,7 @@ def test_an_adaptive_walk_and_further_averages_resume_bit_for_bit(tmp_path, begi
     # A mismatch does not halve in an update: two for each target, one to have something to compare with.
     assert [line["target"] for line in lines if line["stage"] == "one_step" and "target" in line] == [0, 1, 2]
 
-    interrupt = Interrupt()
-    original = Batches.__call__
-
-    def reading(self, index):
-        if index == 3:
-            interrupt.request("test")
-        return original(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "__call__", reading)
-        with pytest.raises(Interrupted):
-            trained(tmp_path / "cut", beginning, config(**changes), interrupt)
+    interrupted(tmp_path / "cut", beginning, config(**changes))
     again = trained(tmp_path / "cut", beginning, config(**changes))
     assert same(leaves(again.workdir.stage("one_step")), leaves(run.workdir.stage("one_step")))
 
