@@ -84,6 +84,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
         ({"model": {"multipliers": ()}}, ["config.model.multipliers", "empty"]),
         ({"guided": {"num_updates": 5}, "model": {"conditional": False}}, ["guidance needs classes"]),
         ({"guided": {"num_updates": 5}, "teacher": {"label_dropout": 0.0}}, ["null class", "label_dropout"]),
+        ({"sampling": {"average": 5}}, ["config.sampling.average is 5", "none"]),
         ({"guided": {"num_updates": 5, "w_min": 3.0, "w_max": 1.0}}, ["w_min (3.0)", "w_max (1.0)"]),
         ({"progressive": {"num_updates": 5, "start_steps": 24}}, ["start_steps (24)", "doubled"]),
         ({"progressive": {"num_updates": 5, "start_steps": 4, "end_steps": 4}}, ["start_steps (4)"]),
