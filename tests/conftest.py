@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class SmokeRun:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory) -> SmokeRun:
-    """The whole smoke chain, trained once for all tests that look at a finished run."""
+def smoke_run(tmp_path_factory) -> Iterator[SmokeRun]:
+    """The whole smoke chain, trained once for all tests that look at a finished run: who writes in it, copies it."""
     from configs import digits
     from diffdistill import chain, runner
     from diffdistill.config import resolve
@@ -57,4 +58,6 @@ def smoke_run(tmp_path_factory) -> SmokeRun:
         run = runner.prepare(resolve(digits.get_config("smoke")), str(path))
         runner.train(run, Interrupt(), say=said.append)
         chain._method.cache_clear()
-    return SmokeRun(path, run, traces, said)
+    files = {file for file in path.rglob("*") if file.is_file()}
+    yield SmokeRun(path, run, traces, said)
+    assert {file for file in path.rglob("*") if file.is_file()} == files, "a test wrote into the run that all share"

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import digits
-from diffdistill import chain, judges, runner, trajectory
+from diffdistill import chain, evaluate, judges, runner, trajectory
 from diffdistill.config import resolve, to_dict
 from diffdistill.data.pipeline import Batches
 from diffdistill.diffusion import process
@@ -110,6 +110,27 @@ def whole(tmp_path_factory, beginning):
         run = trained(tmp_path_factory.mktemp("whole") / "run", beginning, config())
         chain._method.cache_clear()
     return run, used, traces
+
+
+class MeanJudge:
+    """A judge whose distance is the mean pixel; `measured` are the parameters it has seen."""
+
+    needs_reference = False
+
+    def __init__(self):
+        self.measured = []
+
+    def protocol(self, item, generator):
+        return "mean"
+
+    def metrics(self, item, generator):
+        return ("frechet_to_data", "paired_rmse_to_teacher")
+
+    def measure(self, item, generator, wanted, digest, interrupt):
+        assert list(wanted) == ["frechet_to_data"]
+        self.measured.append(digest)
+        samples = generator.sample(20, seed=item.seed, w=item.w)
+        return Figures({"frechet_to_data": float(samples.images.mean())}, samples, 0.1)
 
 
 def params_of(run, name, update=None):
@@ -210,7 +231,7 @@ def test_the_losses_of_the_path_are_measured_once_and_kept_beside_it(whole):
     file.write_text(whole_text)
 
 
-def test_an_adaptive_walk_and_further_averages_resume_bit_for_bit(tmp_path, beginning):
+def test_an_adaptive_walk_and_further_averages_resume_bit_for_bit(tmp_path, beginning, monkeypatch):
     """Targets by what the state says; averages whose half-lives are a hundredth and a thousand updates."""
     changes = {"walk": "adaptive", "walk_window": 1, "walk_fall": 0.5, "leg": 2, "ema_half_lives": (1, 16_000)}
     run = trained(tmp_path / "run", beginning, config(**changes))
@@ -236,6 +257,16 @@ def test_an_adaptive_walk_and_further_averages_resume_bit_for_bit(tmp_path, begi
     assert same(generator.params, long)
     with pytest.raises(CheckpointError, match="has no average '5'; it has 1, 16000"):
         runner.read_params(run.workdir, stage, run.mesh, average="5")
+
+    # Along the training each average is measured by itself.
+    judge = MeanJudge()
+    monkeypatch.setattr(judges, "make", lambda *rest: judge)
+    for folder, name in ((run.workdir, 0), (run.workdir.measured_as(asked), 16_000)):
+        records = trajectory.measure(folder, None, Interrupt(), say=lambda line: None)
+        assert [(entry["update"], entry["average"]) for entry in records] == [(n, name) for n in (2, 4, 6)]
+    assert len(set(judge.measured)) == 6
+    assert judge.measured[-1] == evaluate.params_hash(long)
+    assert (run.workdir.path / "grids" / "one_step-16000" / "00000006.png").exists()
 
 
 def test_without_a_path_it_is_diff_instruct_bit_for_bit(tmp_path, beginning):
@@ -282,31 +313,17 @@ def test_samples_are_one_evaluation_at_the_level_of_training(whole):
 
 def test_the_trajectory_measures_every_kept_checkpoint_once_and_counts_the_path(whole, monkeypatch):
     run = whole[0]
-    measured = []
-
-    class Mean:
-        """A judge whose distance is the mean pixel."""
-
-        needs_reference = False
-        protocol = staticmethod(lambda item, generator: "mean")
-        metrics = staticmethod(lambda item, generator: ("frechet_to_data", "paired_rmse_to_teacher"))
-
-        def measure(self, item, generator, wanted, digest, interrupt):
-            assert list(wanted) == ["frechet_to_data"]
-            measured.append(digest)
-            samples = generator.sample(20, seed=item.seed, w=item.w)
-            return Figures({"frechet_to_data": float(samples.images.mean())}, samples, 0.1)
-
-    monkeypatch.setattr(judges, "make", lambda *rest: Mean())
+    judge = MeanJudge()
+    monkeypatch.setattr(judges, "make", lambda *rest: judge)
     records = trajectory.measure(run.workdir, None, Interrupt(), say=lambda line: None)
     assert [(entry["update"], entry["updates_before"]) for entry in records] == [(2, 6), (4, 6), (6, 6)]
-    assert len(set(measured)) == 3
+    assert len(set(judge.measured)) == 3
     seconds = [entry["seconds"] for entry in records]
     assert seconds == sorted(seconds)
     assert records[0]["seconds_before"] > 0
     assert records[0]["method"] == "disback"
     assert trajectory.measure(run.workdir, None, Interrupt(), say=lambda line: None) == records
-    assert len(measured) == 3  # nothing again
+    assert len(judge.measured) == 3  # nothing again
     assert results.read(run.workdir.path / trajectory.FILE) == records
     assert all((run.workdir.path / "grids" / "one_step" / f"{update:08d}.png").exists() for update in (2, 4, 6))
     updates, minutes = trajectory.curve(records, "DisBack")

@@ -2,6 +2,7 @@
 
     python tests/resume/kill_chain.py /tmp/kills --kills=10
     python tests/resume/kill_chain.py /tmp/stops --kills=3 --signal=TERM
+    python tests/resume/kill_chain.py /tmp/walks --chain=disback
 
 Every other kill waits for the moment in which a checkpoint is being written.
 """
@@ -21,12 +22,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0
+CHAINS = {
+    "digits": ("configs/digits.py:smoke", ("teacher", "guided", "progressive")),
+    "disback": ("configs/disback.py:digits-smoke", ("teacher", "disback")),  # and the four updates of its path
+}
 
 
-def start(workdir: Path, updates: int) -> subprocess.Popen[str]:
-    """The chain in a process of its own: `updates` updates a stage, a checkpoint every fourth."""
-    command = [sys.executable, "main.py", "--mode=train", "--config=configs/digits.py:smoke", f"--workdir={workdir}"]
-    command += [f"--config.{stage}.num_updates={updates}" for stage in ("teacher", "guided", "progressive")]
+def start(workdir: Path, updates: int, chain: str) -> subprocess.Popen[str]:
+    """One of CHAINS in a process of its own: `updates` updates a stage, a checkpoint every fourth."""
+    config, stages = CHAINS[chain]
+    command = [sys.executable, "main.py", "--mode=train", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--config.{stage}.num_updates={updates}" for stage in stages]
     command += ["--config.training.save_every=4"]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -58,18 +64,24 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
     return True
 
 
-def cut(workdir: Path, signals: Sequence[signal.Signals], updates: int, chance: random.Random) -> list[str]:
-    """Runs the chain, stopped by one signal after the other at random moments, until it is finished.
+def cut(
+    workdir: Path,
+    signals: Sequence[signal.Signals],
+    updates: int,
+    total: int,
+    chance: random.Random,
+    chain: str = "digits",
+) -> list[str]:
+    """Runs the chain, stopped by one signal after the other at random moments, until its `total` updates are done.
 
     Returns a line for each signal. Raises AssertionError for an exit code or an output that is not as documented.
     """
     lines = []
-    total = 4 * updates  # teacher, guided, two rounds
     for index, number in enumerate(signals):
         before = saved(workdir)
         # Spread over the chain; at least past what was there before, so that every start gets on.
         target = max(before + 1, round(total * (index + chance.uniform(0.1, 0.9)) / (len(signals) + 1)))
-        process = start(workdir, updates)
+        process = start(workdir, updates, chain)
         alive = wait(process, lambda: saved(workdir) >= target)  # noqa: B023
         if index % 2:
             alive = alive and wait(process, lambda: saving(workdir))
@@ -90,7 +102,7 @@ def cut(workdir: Path, signals: Sequence[signal.Signals], updates: int, chance: 
         else:
             assert process.returncode == 143, errors
             assert "Start the same command again to continue" in errors, errors
-    process = start(workdir, updates)
+    process = start(workdir, updates, chain)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert saved(workdir) == total
@@ -98,15 +110,16 @@ def cut(workdir: Path, signals: Sequence[signal.Signals], updates: int, chance: 
     return lines
 
 
-def whole(workdir: Path, updates: int) -> None:
-    """Runs the chain without any trouble."""
-    process = start(workdir, updates)
+def whole(workdir: Path, updates: int, chain: str = "digits") -> int:
+    """Runs the chain without any trouble; returns its updates, all stages together."""
+    process = start(workdir, updates, chain)
     _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
+    return saved(workdir)
 
 
 def parameters(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Every tensor of the parameters and of their average, by stage."""
+    """Every tensor of the parameters and of their average, where there is one, by stage."""
     import jax
 
     from diffdistill import chain
@@ -143,6 +156,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--chain", choices=list(CHAINS), default="digits")
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--seed", type=int, default=None)
     given = parser.parse_args()
@@ -150,9 +164,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     seed = random.randrange(10**6) if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)
-    whole(given.folder / "whole", given.updates)
-    number = signal.Signals[f"SIG{given.signal}"]
-    for line in cut(given.folder / "cut", [number] * given.kills, given.updates, random.Random(seed)):
+    total = whole(given.folder / "whole", given.updates, given.chain)
+    signals = [signal.Signals[f"SIG{given.signal}"]] * given.kills
+    for line in cut(given.folder / "cut", signals, given.updates, total, random.Random(seed), given.chain):
         print(line, flush=True)
     different = differing(given.folder / "whole", given.folder / "cut")
     tensors = sum(len(stage) for stage in parameters(given.folder / "whole").values())

@@ -11,7 +11,8 @@ UPDATES = 24
 def test_a_chain_that_is_killed_and_stopped_equals_one_left_alone(tmp_path):
     seed = random.randrange(10**6)
     signals = [signal.SIGTERM, signal.SIGKILL]
-    kill_chain.whole(tmp_path / "whole", UPDATES)
-    lines = kill_chain.cut(tmp_path / "cut", signals, UPDATES, random.Random(seed))
+    total = kill_chain.whole(tmp_path / "whole", UPDATES)
+    assert total == 4 * UPDATES  # teacher, guided, two rounds
+    lines = kill_chain.cut(tmp_path / "cut", signals, UPDATES, total, random.Random(seed))
     print(f"seed {seed}", *lines, sep="\n")  # shown where the test fails
     assert kill_chain.differing(tmp_path / "whole", tmp_path / "cut") == []
