@@ -113,7 +113,8 @@ def test_transfers_of_a_run_are_in_its_report(opened):
 def test_images_and_models_from_elsewhere(opened, smoke_run, tmp_path):
     pictures = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), dtype=np.uint8)
     images.save_npz(tmp_path / "theirs.npz", pictures)
-    other = str(shutil.copytree(smoke_run.path, tmp_path / "other") / "round_01_steps_0001")  # its classifier goes there
+    shutil.copytree(smoke_run.path, tmp_path / "other")  # which keeps a classifier of its images
+    other = str(tmp_path / "other" / "round_01_steps_0001")
     said = "\n".join(write(opened, tmp_path, pictures=str(tmp_path / "theirs.npz"), decoder=other, num=0))
     assert "distilled, 2 + 1 steps" in said
     assert "4 images" in said
