@@ -79,7 +79,7 @@ def prepare(config: Config, path: str) -> Run:
     """Opens data and workdir and checks what can be checked before training starts.
 
     Raises:
-      DataError, ConfigError, WorkdirError: with a message for the person who started the run.
+      DataError, ConfigError, WorkdirError, ProcessesDisagree: with a message for the person who started the run.
     """
     source, facts = open_data(config)
     mesh = meshes.make_mesh()
@@ -93,6 +93,7 @@ def prepare(config: Config, path: str) -> Run:
             raise ConfigError(f"Stage {stage.name} cannot be built: {error}") from error
     meshes.assert_same(json.dumps(to_dict(config), sort_keys=True), "the config")
     source = in_memory(source)  # a damaged image is found here, before anything is written
+    meshes.assert_same(source.fingerprint(), "the images")
     opened = workdir.create(path, config, facts, source.fingerprint(), write=meshes.is_main())
     return Run(opened, source, mesh, stages)
 

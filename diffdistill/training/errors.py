@@ -17,6 +17,10 @@ class NonFiniteLoss(TrainingError):
     """The loss or the parameters are no longer finite. The message says where; nothing of it was saved."""
 
 
+class ProcessesDisagree(TrainingError):
+    """The processes of one run were started with different configs or images. Nothing was written."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and did so after saving update `update`. Not an error: the same command continues."""
 

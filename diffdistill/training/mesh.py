@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from diffdistill.training.errors import ProcessesDisagree
+
 AXIS = "data"
 """Name of the one mesh axis."""
 
@@ -176,7 +178,7 @@ def per_device_flag(mesh: Mesh, flag: bool) -> jax.Array:
 
 
 def assert_same(value: str, what: str) -> None:
-    """Refuses to go on where processes hold different text: ValueError naming `what`. No-op on a single process."""
+    """Refuses to go on where processes hold different text: ProcessesDisagree naming `what`. No-op on a single one."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
@@ -184,7 +186,9 @@ def assert_same(value: str, what: str) -> None:
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
     gathered = multihost_utils.process_allgather(digest)
     if not (gathered == gathered[0]).all():
-        raise ValueError(f"The processes of this run disagree on {what}: start all of them with the same command.")
+        raise ProcessesDisagree(
+            f"The processes of this run disagree on {what}: start all of them with the same command and files."
+        )
 
 
 def from_main(values: np.ndarray) -> np.ndarray:

@@ -50,12 +50,30 @@ def losses(workdir: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_one_process_continues_what_two_began(tmp_path):
+def together() -> tuple[str, ...]:
+    """The flags of two processes, but for the number of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = ("--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2")
-    workers = [start(tmp_path / "two", 2, *together, f"--process_id={index}") for index in range(2)]
+        return ("--distributed", f"--coordinator=127.0.0.1:{probe.getsockname()[1]}", "--num_processes=2")
+
+
+def test_processes_that_were_started_differently_say_so(tmp_path):
+    flags = together()
+    workers = [
+        start(tmp_path / "two", 1, *flags, f"--process_id={index}", f"--config.seed={index}") for index in range(2)
+    ]
+    for worker, (_, errors) in [(worker, worker.communicate(timeout=120)) for worker in workers]:
+        assert worker.returncode == 1, errors
+        assert ours(errors) == (
+            "Error: The processes of this run disagree on the config: start all of them with the same command and "
+            "files."
+        )
+    assert not (tmp_path / "two").exists()
+
+
+def test_one_process_continues_what_two_began(tmp_path):
+    flags = together()
+    workers = [start(tmp_path / "two", 2, *flags, f"--process_id={index}") for index in range(2)]
     stage = tmp_path / "two" / "teacher"
     deadline = time.monotonic() + 200
     while (
