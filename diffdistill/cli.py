@@ -10,7 +10,9 @@ import contextlib
 import functools
 import os
 import sys
+import traceback
 import warnings
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -26,11 +28,32 @@ def main() -> None:
     quiet()
     try:
         app.run(_main, flags_parser=parse)
+    except SystemExit as end:
+        if end.code in (EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE) and _is_one_of_several():
+            _leave(end.code)
+        raise
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+        _leave(EXIT_FAILED)
     except KeyboardInterrupt:
         stopped(
             "Stopped at once. Checkpoints that were complete are intact; the same command continues from the newest."
         )
         sys.exit(EXIT_SIGINT)
+
+
+def _is_one_of_several() -> bool:
+    """Whether this is a process of a job that was joined."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process at once: the usual end waits for the others of the job, who may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def quiet() -> None:

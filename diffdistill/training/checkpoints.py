@@ -159,14 +159,22 @@ class StageCheckpoints:
         except Exception as error:
             raise self._failed_save(error) from error
 
+    def abandon(self) -> None:
+        """Wait for nothing any more, for processes whose others are gone. The object must not be used again."""
+        self._manager = None
+
     def close(self) -> None:
         """Wait, then release threads. The object must not be used again."""
+        manager = self._manager
         try:
             self.wait()
         finally:
-            if self._manager is not None:
-                self._manager.close()
-                self._manager = None
+            self._manager = None
+            if manager is not None:
+                try:
+                    manager.close()
+                except Exception as error:  # of a write that failed, in most cases that of wait() again
+                    raise self._failed_save(error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -305,7 +313,8 @@ def _explain(error: BaseException, doing: str, directory: Path) -> str:
             f"Cannot {doing} a checkpoint in {directory}: {_first_line(error)}. "
             "Choose a workdir that is a directory and that this user may write."
         )
-    return f"Cannot {doing} a checkpoint in {directory}: {type(error).__name__}: {_first_line(error)}. {KEPT}"
+    others = "" if jax.process_count() == 1 else "Has another process of the run ended? See its own message. "
+    return f"Cannot {doing} a checkpoint in {directory}: {type(error).__name__}: {_first_line(error)}. {others}{KEPT}"
 
 
 def _first_line(error: BaseException) -> str:

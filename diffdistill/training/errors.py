@@ -21,6 +21,10 @@ class ProcessesDisagree(TrainingError):
     """The processes of one run were started with different configs or images. Nothing was written."""
 
 
+class ProcessLost(TrainingError):
+    """Another process of the run has ended or cannot be reached. Checkpoints that were complete stay intact."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and did so after saving update `update`. Not an error: the same command continues."""
 

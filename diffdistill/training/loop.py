@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
-from diffdistill.training.errors import Interrupted, NonFiniteLoss
+from diffdistill.training.errors import Interrupted, NonFiniteLoss, ProcessLost
 from diffdistill.training.interrupt import Interrupt, catch_signals
 from diffdistill.training.metrics import MetricWriter, Window
 from diffdistill.training.prefetch import Batch, Calls
@@ -149,7 +149,8 @@ def fit(
       always do.
     max_in_flight: calls handed to the device and not yet waited for.
 
-    Raises NonFiniteLoss, Interrupted (after saving), CheckpointError, MetricsError, and what `batches` raises.
+    Raises NonFiniteLoss, Interrupted (after saving), CheckpointError, MetricsError, ProcessLost, and what `batches`
+    raises.
     """
     mesh = compiled.mesh
     state, arguments, stage_key = meshes.replicate(
@@ -170,7 +171,11 @@ def fit(
         nonlocal stopping
         while len(in_flight) > keep:
             call = in_flight.popleft()
-            metrics = {name: rows[: call.count] for name, rows in jax.device_get(call.metrics).items()}
+            try:
+                metrics = {name: rows[: call.count] for name, rows in meshes.fetch(call.metrics).items()}
+            except ProcessLost:
+                checkpoints.abandon()  # a save that is under way would wait for the lost one
+                raise
             stopping = stopping or bool(call.stop)
             if stop_at_non_finite:
                 _check_finite(metrics, stage, call.first, num_updates, checkpoints)

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffdistill.training.errors import ProcessesDisagree
+from diffdistill.training.errors import ProcessesDisagree, ProcessLost
 
 AXIS = "data"
 """Name of the one mesh axis."""
+
+HEARTBEAT_SECONDS = 30
+"""After so long without a sign of life from a process of the job, JAX ends the others."""
 
 
 def initialize(
@@ -35,7 +38,7 @@ def initialize(
     if not distributed:
         return
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             "A run on several processes was asked for, but the others could not be joined "
@@ -189,6 +192,20 @@ def assert_same(value: str, what: str) -> None:
         raise ProcessesDisagree(
             f"The processes of this run disagree on {what}: start all of them with the same command and files."
         )
+
+
+def fetch(tree: Any) -> Any:
+    """The values of arrays on the host. Raises ProcessLost where a computation failed that several processes share."""
+    try:
+        return jax.device_get(tree)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise ProcessLost(
+            f"A computation that {jax.process_count()} processes share has failed: another of them has probably ended; "
+            f"see its own message ({str(error).splitlines()[0][:200]}). Checkpoints that were complete before are "
+            "intact; start the same command on all hosts again to continue."
+        ) from error
 
 
 def from_main(values: np.ndarray) -> np.ndarray:

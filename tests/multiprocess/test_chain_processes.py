@@ -71,10 +71,8 @@ def test_processes_that_were_started_differently_say_so(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
-def test_one_process_continues_what_two_began(tmp_path):
-    flags = together()
-    workers = [start(tmp_path / "two", 2, *flags, f"--process_id={index}") for index in range(2)]
-    stage = tmp_path / "two" / "teacher"
+def committed(stage: Path, workers: list[subprocess.Popen[str]]) -> None:
+    """Waits for the first checkpoint, as long as all processes live."""
     deadline = time.monotonic() + 200
     while (
         not any(stage.glob("[0-9]*/_CHECKPOINT_METADATA"))
@@ -82,6 +80,29 @@ def test_one_process_continues_what_two_began(tmp_path):
         and all(worker.poll() is None for worker in workers)
     ):
         time.sleep(0.01)
+
+
+def test_where_one_process_is_killed_the_other_says_so_within_a_minute(tmp_path):
+    flags = (*together(), "--config.teacher.num_updates=100000")
+    workers = [start(tmp_path / "two", 1, *flags, f"--process_id={index}") for index in range(2)]
+    committed(tmp_path / "two" / "teacher", workers)
+    workers[1].kill()
+    begun = time.monotonic()
+    _, errors = workers[0].communicate(timeout=200)
+    assert time.monotonic() - begun < 60
+    assert workers[0].returncode in (1, -signal.SIGABRT), errors
+    if workers[0].returncode == 1:  # whether it was training or saving
+        assert re.search("Error: (A computation that 2 processes share has|Cannot write a checkpoint)", errors), errors
+        assert re.search("another of them has probably ended|Has another process of the run ended", errors), errors
+        assert "intact; start the same command" in errors, errors
+    else:  # JAX was faster
+        assert "another task died" in errors, errors
+
+
+def test_one_process_continues_what_two_began(tmp_path):
+    flags = together()
+    workers = [start(tmp_path / "two", 2, *flags, f"--process_id={index}") for index in range(2)]
+    committed(tmp_path / "two" / "teacher", workers)
     workers[1].send_signal(signal.SIGTERM)
     outputs = [worker.communicate(timeout=200) for worker in workers]
     for worker, (_, errors) in zip(workers, outputs, strict=True):
