@@ -1,13 +1,15 @@
 """Checkpoints of one stage: an Orbax chain of step directories with params, ema, optimizer and meta as separate items.
 
 A checkpoint appears whole or not at all: Orbax writes into a temporary directory and renames it when every byte is
-there. Whatever a kill leaves half done is ignored and removed when the stage is opened for writing again.
+there. Whatever a kill leaves half done is ignored and removed when the stage is opened for writing again. The checksums
+of its files are part of it, and compared before it is read.
 """
 
 import dataclasses
 import errno
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,8 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from diffdistill.training import checksums, quiet, trees
 from diffdistill.training import mesh as meshes
-from diffdistill.training import quiet, trees
 from diffdistill.training.errors import CheckpointError
 
 META = "meta"
@@ -54,6 +56,7 @@ class StageCheckpoints:
         self.save_every = save_every
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
+        self._saving = 0
         if read_only and not self.directory.is_dir():
             return  # nothing was ever saved
         stay = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
@@ -64,6 +67,7 @@ class StageCheckpoints:
             preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=not read_only,
             save_interval_steps=0 if read_only else 1,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             read_only=read_only,
             create=False,
         )
@@ -97,6 +101,8 @@ class StageCheckpoints:
         self._check_room(state)
         items = {name: ocp.args.StandardSave(trees.to_dict(tree)) for name, tree in _items(state).items()}
         args = ocp.args.Composite(**items, **{META: ocp.args.JsonSave({**(meta or {}), "step": step})})
+        self.wait()
+        self._saving = step
         try:
             return manager.save(step, args=args, force=force)
         except Exception as error:
@@ -110,6 +116,7 @@ class StageCheckpoints:
         step = self._newest()
         like = _placed(like)
         items = _items(like)
+        self._verify(step, [*items, META])
         saved = {path.name for path in (self.directory / str(step)).iterdir() if path.is_dir()}
         self._compare(step, items | {name: {} for name in sorted(saved - items.keys() - {META})})
         args = {name: ocp.args.StandardRestore(trees.to_dict(tree)) for name, tree in items.items()}
@@ -131,10 +138,12 @@ class StageCheckpoints:
             return self._average(step, like, average)
         has_ema = ema and (self.directory / str(step) / "ema").is_dir()
         name = "ema" if has_ema else "params"
+        self._verify(step, [name])
         self._compare(step, {name: like})
         return trees.from_dict(like, self._read(step, {name: ocp.args.StandardRestore(trees.to_dict(like))})[name])
 
     def _average(self, step: int, like: Any, average: str) -> Any:
+        self._verify(step, ["averages"])
         known = sorted({path.split("/")[0] for path in self._tensors(step, "averages")})
         if average not in known:
             raise CheckpointError(
@@ -148,7 +157,9 @@ class StageCheckpoints:
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a checkpoint, by default of the newest."""
-        return dict(self._read(self._chosen(step), {META: ocp.args.JsonRestore()})[META])
+        step = self._chosen(step)
+        self._verify(step, [META])
+        return dict(self._read(step, {META: ocp.args.JsonRestore()})[META])
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk. Raises CheckpointError if it could not be written."""
@@ -181,6 +192,18 @@ class StageCheckpoints:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _seal(self) -> None:
+        """Called by Orbax when the files of the checkpoint that is being saved are there, before it appears."""
+        if meshes.is_main():
+            hidden = [*self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self.directory / str(self._saving)]
+            checksums.write(hidden[0])
+
+    def _verify(self, step: int, items: Iterable[str]) -> None:
+        try:
+            checksums.check(self.directory / str(step), items)
+        except checksums.Damaged as error:
+            raise CheckpointError(self._damaged(step, error)) from error
 
     def _writable(self) -> ocp.CheckpointManager:
         if self._manager is None or self._read_only:
@@ -225,8 +248,8 @@ class StageCheckpoints:
 
     def _damaged(self, step: int, error: Exception) -> str:
         return (
-            f"The checkpoint {self.directory / str(step)} cannot be read and seems damaged "
-            f"({_first_line(error)}). Move that directory away to continue from the checkpoint before "
+            f"The checkpoint {self.directory / str(step)} cannot be read and seems damaged: "
+            f"{_first_line(error)}. Move that directory away to continue from the checkpoint before "
             "it, if there is one."
         )
 

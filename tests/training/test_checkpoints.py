@@ -129,6 +129,41 @@ def test_damaged_and_missing_checkpoints_are_named(tmp_path):
         checkpoints.restore(abstract(state()))
 
 
+def test_any_damaged_or_missing_file_is_named_before_anything_is_read(tmp_path):
+    with StageCheckpoints(tmp_path / "whole") as checkpoints:
+        checkpoints.save(state(7), {}, force=True)
+    whole = tmp_path / "whole" / "7"
+    assert (whole / "checksums.json").exists()
+    files = [path.relative_to(whole) for item in whole.iterdir() if item.is_dir() for path in item.rglob("*")]
+    files = [name for name in files if (whole / name).is_file()]
+    assert {name.parts[0] for name in files} == {"params", "ema", "optimizer", "meta"}
+    for number, name in enumerate(files):
+        damaged = tmp_path / str(number) / "7"
+        shutil.copytree(whole, damaged)
+        content = bytearray((damaged / name).read_bytes())
+        if number % 2 and content:
+            content[len(content) // 2] ^= 1
+            (damaged / name).write_bytes(content)
+        else:
+            (damaged / name).unlink()
+        with (
+            StageCheckpoints(damaged.parent, read_only=True) as checkpoints,
+            pytest.raises(
+                CheckpointError, match=rf"{number}/7 cannot be read .*: its file {name} .*Move that directory"
+            ),
+        ):
+            checkpoints.restore(abstract(state()))
+    (whole / "checksums.json").write_text("{")
+    with (
+        StageCheckpoints(whole.parent, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match=r"its checksums\.json cannot be read"),
+    ):
+        checkpoints.restore_params(abstract(state()).params)
+    (whole / "checksums.json").unlink()  # a checkpoint that is older than they are
+    with StageCheckpoints(whole.parent) as checkpoints:
+        assert equal(checkpoints.restore(abstract(state()))[0], state(7))
+
+
 @pytest.mark.parametrize("where", ["under_a_file", "proc"])
 def test_a_directory_that_cannot_be_written(tmp_path, where):
     (tmp_path / "file").write_text("")

@@ -1,0 +1,50 @@
+"""Checksums of the files of a checkpoint: damage on the disk is seen before anything is learnt from it."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+FILE = "checksums.json"
+
+
+class Damaged(Exception):
+    """A file of a checkpoint is not as it was written; the message names it."""
+
+
+def write(folder: Path) -> None:
+    """Writes `folder`/checksums.json with the BLAKE2b of every file below the folders of `folder`."""
+    files = sorted(path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (folder / FILE).write_text(json.dumps({"blake2b": sums}, indent=1))
+
+
+def check(folder: Path, items: Iterable[str]) -> None:
+    """Compares the files of some of the folders of `folder` with what was written.
+
+    Does nothing without checksums.json, as in checkpoints that are older than it.
+
+    Raises:
+      Damaged: a file differs, is missing or cannot be read.
+    """
+    try:
+        sums = json.loads((folder / FILE).read_text())["blake2b"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"its {FILE} cannot be read: {error}") from error
+    wanted = set(items)
+    for name, expected in sums.items():
+        if name.split("/")[0] not in wanted:
+            continue
+        try:
+            found = _digest(folder / name)
+        except OSError as error:
+            raise Damaged(f"its file {name} cannot be read: {error.strerror}") from error
+        if found != expected:
+            raise Damaged(f"its file {name} is not as it was written: the checksums differ")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
