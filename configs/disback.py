@@ -53,9 +53,9 @@ def _digits() -> Any:
     config.evaluation.samplers = ("heun",)
     disback, teacher = config.disback, config.teacher
     disback.num_updates, disback.batch_size, disback.stratified_times = 2000, 64, True
-    disback.learning_rate = disback.fake_learning_rate = disback.path_learning_rate = 3e-4
+    disback.learning_rate = disback.fake_learning_rate = disback.path_learning_rate = 1e-4
     disback.ema_decay, disback.ema_ramp = 0.99, True
-    disback.sigma_init, disback.path, disback.interval, disback.leg = 2.5, 5, 40, 40
+    disback.sigma_init, disback.path, disback.interval, disback.leg = 2.5, 5, 8, 8
     disback.keep_every = 100
     for levels in (disback.levels, disback.fake_levels):
         levels.p_mean, levels.p_std = teacher.p_mean, teacher.p_std

@@ -19,13 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from configs import disback
 from diffdistill import evaluate, runner, trajectory, workdir
 from diffdistill.config import Config, resolve
 from diffdistill.data.pipeline import in_memory
 from diffdistill.evaluation import results
 from diffdistill.training import mesh
 from diffdistill.training.interrupt import catch_signals
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs import disback  # noqa: E402
 
 Records = list[results.Record]
 
@@ -35,9 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "path of 2": {"path": 2},
     "path of 5": {"path": 5},
     "path of 10": {"path": 10},
-    # Beyond the paper, each beside the path of 5: targets by their loss, out of a finer record; targets left early.
-    "targets by loss": {"path": 20, "interval": 10, "path_share": 0.1},
-    "adaptive walk": {"path": 5, "walk": "adaptive", "walk_window": 10},
+    # Beyond the paper, each beside the path of 5: targets by their loss, out of a finer record; targets left at will.
+    "targets by loss": {"path": 20, "interval": 2, "path_share": 0.1},
+    "adaptive walk": {"path": 5, "leg": 24, "walk": "adaptive", "walk_window": 4},
 }
 
 

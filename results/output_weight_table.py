@@ -19,9 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.progressive import OUTPUTS, WEIGHTS
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.terminal import EXIT_NOT_FINITE
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs.progressive import OUTPUTS, WEIGHTS  # noqa: E402
 
 SAMPLERS = ("ancestral", "ddim")
 CELL = "cell.json"

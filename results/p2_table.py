@@ -17,11 +17,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from configs import p2
 from diffdistill import evaluate
 from diffdistill.evaluation import results
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from configs import p2  # noqa: E402
+
 METRIC = "frechet_to_data"
 
 Cell = tuple[str, str, int]  # schedule, gamma, seed

@@ -21,6 +21,7 @@ from pathlib import Path
 PLATFORMS = os.environ.get("JAX_PLATFORMS")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs import cifar10_small  # noqa: E402
 from diffdistill import report, runner, workdir  # noqa: E402
 from diffdistill.data.pipeline import in_memory  # noqa: E402
