@@ -27,7 +27,7 @@ from diffdistill.training import mesh
 from diffdistill.training.interrupt import catch_signals
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs import disback  # noqa: E402
+from configs import disback
 
 Records = list[results.Record]
 

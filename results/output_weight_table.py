@@ -23,7 +23,7 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.terminal import EXIT_NOT_FINITE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs.progressive import OUTPUTS, WEIGHTS  # noqa: E402
+from configs.progressive import OUTPUTS, WEIGHTS
 
 SAMPLERS = ("ancestral", "ddim")
 CELL = "cell.json"
