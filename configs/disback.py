@@ -53,8 +53,8 @@ def _digits() -> Any:
     config.evaluation.samplers = ("heun",)
     disback, teacher = config.disback, config.teacher
     disback.num_updates, disback.batch_size, disback.stratified_times = 2000, 64, True
-    disback.learning_rate = disback.fake_learning_rate = disback.path_learning_rate = 1e-4
-    disback.ema_decay, disback.ema_ramp = 0.99, True
+    disback.learning_rate = disback.fake_learning_rate = disback.path_learning_rate = 3e-4
+    disback.fake_updates, disback.ema_decay, disback.ema_ramp = 2, 0.99, True
     disback.sigma_init, disback.path, disback.interval, disback.leg = 2.5, 5, 8, 8
     disback.keep_every = 100
     for levels in (disback.levels, disback.fake_levels):
