@@ -15,8 +15,11 @@ def posterior_mean(z, log_snr, mean, covariance):
 
     def one(z, log_snr):
         alpha, sigma = process.alpha(log_snr), process.sigma(log_snr)
-        of_z = alpha**2 * covariance + sigma**2 * jnp.eye(2)
-        return mean + alpha * covariance @ jnp.linalg.solve(of_z, z - alpha * mean)
+        (a, b), (c, d) = alpha**2 * covariance + sigma**2 * jnp.eye(2)
+        # Written out: two batched solves of jaxlib 0.10.2 in one program on a CPU of two cores can wait for each other
+        # for ever (each blocks a thread of the pool that its parts are to run on).
+        inverse = jnp.array([[d, -b], [-c, a]]) / (a * d - b * c)
+        return mean + alpha * covariance @ (inverse @ (z - alpha * mean))
 
     return jax.vmap(one)(z.reshape(-1, 2), jnp.broadcast_to(log_snr, z.shape[:1])).reshape(z.shape)
 
