@@ -1,8 +1,9 @@
 """Checkpoints of one stage: an Orbax chain of step directories with params, ema, optimizer and meta as separate items.
 
 A checkpoint appears whole or not at all: Orbax writes into a temporary directory and renames it when every byte is
-there. Whatever a kill leaves half done is ignored and removed when the stage is opened for writing again. The checksums
-of its files are part of it, and compared before it is read.
+there. Whatever a kill leaves half done is ignored and removed when the stage is opened for writing again; what merely
+looks like it but is a damaged checkpoint is refused. The checksums of its files are part of it, and compared before it
+is read.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ class StageCheckpoints:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 if meshes.is_main():
-                    _remove_torn(self.directory)
+                    _remove_torn(self.directory, keep, keep_every)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(_explain(error, "open", self.directory)) from error
@@ -203,7 +204,7 @@ class StageCheckpoints:
         try:
             checksums.check(self.directory / str(step), items)
         except checksums.Damaged as error:
-            raise CheckpointError(self._damaged(step, error)) from error
+            raise CheckpointError(_damaged(self.directory / str(step), _first_line(error))) from error
 
     def _writable(self) -> ocp.CheckpointManager:
         if self._manager is None or self._read_only:
@@ -244,14 +245,7 @@ class StageCheckpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:
-            raise CheckpointError(self._damaged(step, error)) from error
-
-    def _damaged(self, step: int, error: Exception) -> str:
-        return (
-            f"The checkpoint {self.directory / str(step)} cannot be read and seems damaged: "
-            f"{_first_line(error)}. Move that directory away to continue from the checkpoint before "
-            "it, if there is one."
-        )
+            raise CheckpointError(_damaged(self.directory / str(step), _first_line(error))) from error
 
     def _compare(self, step: int, items: dict[str, Any]) -> None:
         """Every tensor of `items` must be in the checkpoint with its shape and dtype, and no other."""
@@ -276,7 +270,7 @@ class StageCheckpoints:
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path)
             return trees.flat(getattr(metadata, "item_metadata", metadata).tree)
         except Exception as error:
-            raise CheckpointError(self._damaged(step, error)) from error
+            raise CheckpointError(_damaged(self.directory / str(step), _first_line(error))) from error
 
     def _failed_save(self, error: Exception) -> CheckpointError:
         """Say why, after removing what the failed write left (a full disk needs the room)."""
@@ -311,11 +305,25 @@ def _shape(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
 
 
-def _remove_torn(directory: Path) -> None:
-    """Remove step directories that lack Orbax's mark: what a kill left while an old checkpoint was being deleted."""
-    for path in directory.iterdir():
-        if path.name.isdigit() and path.is_dir() and not (path / COMMITTED).exists():
-            shutil.rmtree(path, ignore_errors=True)
+def _remove_torn(directory: Path, keep: int, keep_every: int) -> None:
+    """Remove the step directories that a kill left half deleted: those without Orbax's mark that were due to go.
+
+    Raises CheckpointError where one without the mark was to stay: somebody else removed the file.
+    """
+    steps = {int(path.name): path for path in directory.iterdir() if path.name.isdigit() and path.is_dir()}
+    complete = [step for step, path in steps.items() if (path / COMMITTED).exists()]
+    for step in sorted(steps.keys() - set(complete)):
+        newer = sum(step < other for other in complete)
+        if newer < keep or (keep_every and step % keep_every == 0):
+            raise CheckpointError(_damaged(steps[step], f"its file {COMMITTED} is missing"))
+        shutil.rmtree(steps[step], ignore_errors=True)
+
+
+def _damaged(checkpoint: Path, why: str) -> str:
+    return (
+        f"The checkpoint {checkpoint} cannot be read and seems damaged: {why}. Move that directory away to continue "
+        "from the checkpoint before it, if there is one."
+    )
 
 
 def _explain(error: BaseException, doing: str, directory: Path) -> str:
