@@ -29,7 +29,7 @@ def define_flags() -> None:
         "images of --config.data, for later evaluations. table: published figures beside measured ones. "
         "fetch-weights: the Inception network. import: a published model (--source, then its file) as the teacher of a "
         "run. noise-levels: proposes EDM's training noise and noise range for the images of --config.data. benchmark: "
-        "how fast the teacher trains here, also a round of halving and samplers (--benchmarks). transfer: images of "
+        "how fast stages train here, samplers sample and images are read (--benchmarks). transfer: images of "
         "one class become another (--encoder, --decoder, --source_class, --labels). tune-variance: which variance "
         "fraction of the ancestral sampler is best for each number of steps of --config.evaluation.num_steps "
         "(--fractions: those to try). analyse: what is learnt at which signal-to-noise ratio (Choi et al. 2022): "
@@ -107,7 +107,11 @@ def define_flags() -> None:
     flags.DEFINE_string("encoder", "", "transfer: stage that encodes, such as encoder_01_steps_0008, or its path.")
     flags.DEFINE_string("decoder", "", "transfer: stage that decodes, of this run or the path of another run's.")
     flags.DEFINE_string("source_class", "", "transfer: class of the images, by number or name.")
-    flags.DEFINE_list("benchmarks", ["teacher"], "benchmark: what to measure, some of teacher, halving, sampling.")
+    flags.DEFINE_list(
+        "benchmarks",
+        ["teacher"],
+        "benchmark: what to measure: teacher, guided, halving, distillation, growth, sampling, inputs, features.",
+    )
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "benchmark: the types to compute in.")
     flags.DEFINE_float("benchmark_seconds", 20.0, "benchmark: seconds of measuring for each record.")
     flags.DEFINE_string(

@@ -189,15 +189,19 @@ def _benchmark(interrupt: Any) -> None:
     del interrupt
     import json
 
-    from diffdistill import benchmark
+    from diffdistill import benchmarks
+    from diffdistill.benchmarks.table import markdown
+    from diffdistill.training.mesh import is_main
 
-    measured = benchmark.run(
+    measured = []
+    for record in benchmarks.run(
         _config(), say, benchmarks=FLAGS.benchmarks, dtypes=FLAGS.dtypes, seconds=FLAGS.benchmark_seconds
-    )
-    for record in measured:  # each is written at once: a program that does not fit must not take the others along
-        if FLAGS.out:
+    ):  # each is written at once: a program that does not fit must not take the others along
+        measured.append(record)
+        if FLAGS.out and is_main():
             with open(FLAGS.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+    say("\n" + markdown(measured))
 
 
 def _noise_levels(interrupt: Any) -> None:

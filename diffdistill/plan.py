@@ -161,13 +161,13 @@ def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
         if chain.method_of(config, stage, facts) is method:
             before = next((each for each in stages if each.name == stage.teacher), stage)
             params = jax.eval_shape(chain.denoiser_of(config, before, facts).init, key)
-            starts, frozen = _roles(stage)
+            starts, frozen = roles(stage)
             state = jax.eval_shape(method.init, key, dict.fromkeys(starts, params))
             return state, dict.fromkeys(frozen, params)
     raise AssertionError("a method of another config")
 
 
-def _roles(stage: Stage) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def roles(stage: Stage) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The roles of the networks that a stage starts from, and of those that its step reads."""
     if stage.method == "degradation":
         return ("teacher",), ("generator",)

@@ -1,62 +1,126 @@
-"""--mode=benchmark: the rates of the programs that training and sampling run."""
+"""--mode=benchmark: the rates of the programs that train, sample, read and judge."""
 
 import dataclasses
 
 import pytest
 
 from configs import digits
-from diffdistill import benchmark, chain, plan
-from diffdistill.config import ConfigError, resolve
-from diffdistill.training import mesh as meshes
+from diffdistill import benchmarks, chain, plan, samplers
+from diffdistill.benchmarks import device, table
+from diffdistill.config import Config, ConfigError, resolve
+from diffdistill.diffusion import schedules
+
+FACTS = chain.DataFacts((8, 8, 1), 10)
 
 
-def test_rates_are_those_of_the_teachers_updates():
-    config = resolve(digits.get_config("smoke"))
+def settings() -> Config:
+    """The smoke variant of the digits with one level, no attention and no loop on the device: what compiles fast."""
+    config = digits.get_config("smoke")
+    config.model.multipliers, config.model.attention_resolutions = (1,), ()
+    config.training.updates_per_call = 1
+    return resolve(config)
+
+
+def measured(*names: str, dtypes: tuple[str, ...] = ("float32",)) -> tuple[list, list[str]]:
     said: list[str] = []
-    records = list(benchmark.run(config, said.append, seconds=0.0))
-    assert [record["dtype"] for record in records] == list(benchmark.DTYPES)
-    stage, facts = chain.plan(config)[0], chain.DataFacts((8, 8, 1), 10)
-    for record, line in zip(records, said, strict=True):
+    return list(benchmarks.run(settings(), said.append, benchmarks=names, dtypes=dtypes, seconds=0.0)), said
+
+
+def test_rates_are_those_of_the_updates_and_the_floors_those_of_the_device():
+    config = settings()
+    records, said = measured("teacher", dtypes=benchmarks.DTYPES)
+    assert [record["dtype"] for record in records] == list(benchmarks.DTYPES)
+    for record, text in zip(records, said, strict=True):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=record["dtype"]))
-        flops = plan.flops_per_update(changed, chain.plan(changed)[0], facts)
-        assert record["flops_per_second"] == pytest.approx(
-            flops * record["images_per_second"] / stage.settings.batch_size
+        stage = chain.plan(changed)[0]
+        assert record["flops"] == plan.flops_per_update(changed, stage, FACTS)
+        assert record["images_per_second"] == pytest.approx(stage.settings.batch_size / record["seconds"])
+        assert record["flops_per_second"] == pytest.approx(record["flops"] / record["seconds"])
+        assert record["share_of_matmul"] == pytest.approx(
+            record["flops_per_second"] / record["matmul_flops_per_second"]
         )
-        assert record["share_of_matmul"] == record["flops_per_second"] / record["matmul_flops_per_second"]
         assert record["share_of_published"] is None  # of a CPU no data sheet is known
-        assert f"{record['images_per_second']:.4g} images/s" in line
-        assert "% of the" in line
+        assert record["floor_by_flops"] == pytest.approx(record["flops"] / record["matmul_flops_per_second"])
+        assert record["floor_by_bytes"] == pytest.approx(record["bytes"] / record["memory_bytes_per_second"])
+        assert record["gap"] == record["seconds"] / max(record["floor_by_flops"], record["floor_by_bytes"])
+        assert f"{record['images_per_second']:.4g} images/s" in text
+        assert "% of the" in text
+        # An update reads the parameters and writes them, with two moments and an average beside them.
+        size = 4 * chain.denoiser_of(changed, stage, FACTS).num_parameters()
+        assert record["program_memory"] > 4 * size
+        assert record["bytes"] > 8 * size
+    shown = table.markdown(records).splitlines()
+    assert len(shown) == 2 + len(records)
+    assert {row.count("|") for row in shown} == {shown[0].count("|")}
 
 
-def test_the_rate_of_matrix_products_is_plausible():
-    """A core of the last twenty years makes between 1e9 and 1e13 operations a second."""
-    assert 1e9 < benchmark.matmul_rate(meshes.make_mesh(), "float32") < 1e14
+def test_the_rates_of_a_device_are_plausible():
+    """A core of the last twenty years makes between 1e9 and 1e14 operations, and moves 1e8 to 1e12 bytes, a second."""
+    assert 1e9 < device.matmul_rate("float32", large=False) < 1e14
+    assert 1e8 < device.memory_rate(large=False) < 1e12
 
 
-def test_halving_and_sampling_run_at_the_teachers_batch_and_network():
-    config = resolve(digits.get_config("smoke"))
-    facts, teacher = chain.DataFacts((8, 8, 1), 10), chain.plan(config)[0]
-    teacher_alone = dataclasses.replace(config, progressive=dataclasses.replace(config.progressive, num_updates=0))
-    records = list(
-        benchmark.run(teacher_alone, print, benchmarks=benchmark.BENCHMARKS, dtypes=("float32",), seconds=0.0)
-    )
-    assert [record["benchmark"] for record in records] == ["teacher", "halving"] + ["sampling"] * 3
-    first, halving, *sampling = records
-    assert halving["batch_size"] == first["batch_size"] == teacher.settings.batch_size
-    assert halving["cost_of_teacher"] == pytest.approx(first["images_per_second"] / halving["images_per_second"])
-    # Two evaluations of the teacher beside forward and backward of the student, which cost about three.
-    per_image = [record["flops_per_second"] / record["images_per_second"] for record in records]
-    assert 1.5 < per_image[1] / per_image[0] < 1.8
-    evaluation = plan.flops_per_evaluation(config, teacher, facts)
-    assert per_image[0] == pytest.approx(3 * evaluation, rel=0.15)
-    evaluations = [32, 1, 35]  # of DDIM in 32 steps and in 1, and of Heun in 18
-    assert per_image[2:] == pytest.approx([count * evaluation for count in evaluations])
-    assert [(record["sampler"], record["num_steps"]) for record in sampling] == list(benchmark.SAMPLINGS)
+def test_every_way_of_training_runs_at_the_teachers_batch():
+    records, _ = measured("teacher", "guided", "halving", "distillation")
+    assert [record["benchmark"] for record in records] == ["teacher", "guided", "halving", "distillation"]
+    config = settings()
+    teacher, guided, halving, distillation = records
+    assert {record["batch_size"] for record in records} == {config.teacher.batch_size}
+    for record in (guided, halving, distillation):
+        assert record["cost_of_teacher"] == pytest.approx(record["seconds"] / teacher["seconds"])
+    # Forward and backward of a network cost about three evaluations. Beside those of the student: two of the teacher
+    # (with and without class, or two steps); or, of a generator, an update of the fake denoiser on its sample (1 + 3)
+    # and a sample (1, its backward pass 2) that two denoisers judge (2).
+    evaluation = config.teacher.batch_size * plan.flops_per_evaluation(config, chain.plan(config)[0], FACTS)
+    evaluations = [record["flops"] / evaluation for record in records]
+    assert evaluations == pytest.approx([3, 5, 5, 9], rel=0.15)
 
 
-def test_unknown_benchmarks_are_refused():
-    config = resolve(digits.get_config("smoke"))
+def test_the_teacher_at_other_sizes():
+    records, said = measured("growth")
+    batch = settings().teacher.batch_size
+    sizes = [(record["batch_size"], record["image_shape"][0]) for record in records]
+    assert sizes == [(batch // 4, 8), (batch // 2, 8), (batch, 8), (batch, 4), (batch, 16)]
+    assert 4 <= records[-1]["flops"] / records[2]["flops"] < 8  # the attention in the middle grows faster
+    assert "teacher at 16x16 on 1 devices" in said[-1]
+
+
+def test_every_sampler_that_a_teacher_has_is_measured():
+    records, _ = measured("sampling")
+    config = settings()
+    assert schedules.get(config.process.schedule).num_train_steps is None
+    continuous = set(samplers.SAMPLERS) - set(samplers.FIXED_STEPS)
+    assert {record["sampler"] for record in records} == continuous
+    steps = {name: [r["num_steps"] for r in records if r["sampler"] == name] for name in continuous}
+    assert steps.pop("one_step") == [1]
+    assert set(map(tuple, steps.values())) <= {(1, 4, 18), (4, 18)}
+    evaluation = plan.flops_per_evaluation(config, chain.plan(config)[0], FACTS)
+    per_image = {(r["sampler"], r["num_steps"]): r["flops"] / r["batch_size"] for r in records}
+    assert per_image["ddim", 4] == pytest.approx(4 * evaluation)
+    assert per_image["heun", 18] == pytest.approx(35 * evaluation)
+
+
+def test_what_feeds_and_judges_is_measured():
+    records, said = measured("inputs", "features")
+    assert [record["what"] for record in records] == [
+        "read",
+        "read, mirrored",
+        "augmented on the devices",
+        "training from the data",
+        "classifier",
+        "Inception",
+    ]
+    assert all(record["images_per_second"] > 0 for record in records)
+    assert 0 <= records[3]["waiting"] < 1
+    assert "of the time is spent waiting" in said[3]
+
+
+def test_what_cannot_be_measured_is_refused():
+    config = settings()
     with pytest.raises(ConfigError, match=r"--benchmarks.*'teaching'"):
-        next(benchmark.run(config, print, benchmarks=("teaching",)))
+        next(benchmarks.run(config, print, benchmarks=("teaching",)))
     with pytest.raises(ConfigError, match=r"--dtypes.*'float16'"):
-        next(benchmark.run(config, print, dtypes=("float16",)))
+        next(benchmarks.run(config, print, dtypes=("float16",)))
+    unguided = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, label_dropout=0.0))
+    with pytest.raises(ConfigError, match="guided needs a teacher with a null class"):
+        list(benchmarks.run(unguided, print, benchmarks=("guided",), dtypes=("float32",)))

@@ -48,13 +48,14 @@ def initialize(
         ) from error
 
 
-def make_mesh() -> Mesh:
-    """A one-axis mesh ("data") over every device of every process.
+def make_mesh(num_devices: int = 0) -> Mesh:
+    """A one-axis mesh ("data") over every device of every process, or over the first `num_devices` of them.
 
     Auto axes: the sharding of intermediate values is the compiler's business. (Explicit axes, the default of
     `jax.make_mesh`, refuse the reshapes of attention.)
     """
-    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+    devices = jax.devices()[: num_devices or None]
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def describe(mesh: Mesh) -> str:

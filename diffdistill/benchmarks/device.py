@@ -1,0 +1,131 @@
+"""What the devices can do at best, and what the compiler says of a program: the two sides of a roofline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from diffdistill.training import mesh as meshes
+
+# Dense bfloat16 operations a second of one device, from the vendors' data sheets.
+PUBLISHED_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one device.
+
+    Attributes:
+      matmul: operations a second of square matrix products of the type that is computed in, as measured.
+      memory: bytes a second that an array is read and written with, as measured.
+      published: operations a second of the data sheet; None where there is none, or it is of another type.
+    """
+
+    matmul: float
+    memory: float
+    published: float | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that is compiled, with what the compiler says of it.
+
+    Attributes:
+      run: calls it.
+      compile_seconds: from its function to the program; less where a compilation cache knows it.
+      bytes_accessed: what it reads and writes, a loop of unknown length counted once; None where that is not known.
+      memory: bytes of arguments, results and everything between at the same time on one device; None likewise.
+    """
+
+    run: Callable[..., Any]
+    compile_seconds: float
+    bytes_accessed: float | None
+    memory: int | None
+
+
+def rates(mesh: Mesh, dtype: str) -> Rates:
+    """What products of matrices of `dtype`, and copies, reach on a device of `mesh`."""
+    kind = mesh.devices.flat[0].device_kind
+    peaks = [peak for name, peak in PUBLISHED_PEAKS.items() if kind.startswith(name) and dtype == "bfloat16"]
+    large = meshes.is_accelerator(mesh)
+    return Rates(matmul_rate(dtype, large), memory_rate(large), peaks[0] if peaks else None)
+
+
+def compiled(function: Any, *arguments: Any) -> Program:
+    """Compiles a jitted function for these arguments."""
+    begun = time.monotonic()
+    program = function.lower(*arguments).compile()
+    seconds = time.monotonic() - begun
+    costs, sizes = program.cost_analysis() or {}, program.memory_analysis()
+    memory = None
+    if sizes is not None:
+        memory = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        memory += sizes.temp_size_in_bytes
+    return Program(program, seconds, costs.get("bytes accessed"), memory)
+
+
+def peak_memory(mesh: Mesh) -> int | None:
+    """The most bytes that one device has held since the process began; None where devices do not say."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return max(peaks, default=None)
+
+
+def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
+    """How often `call` runs in a second, after one run; two runs at least, and as many on every process."""
+    call()
+    begun, calls = time.monotonic(), 0
+    while meshes.any_process(calls < 2 or time.monotonic() - begun < seconds):
+        call()
+        calls += 1
+    return calls / (time.monotonic() - begun)
+
+
+def matmul_rate(dtype: str, large: bool) -> float:
+    """Operations a second of square matrix products of `dtype` on one device; `large` ones on accelerators.
+
+    The numbers are random, since a device that multiplies mostly zeros draws less power and runs faster; a matrix with
+    entries of variance 1 / side keeps the size of what it multiplies, however often.
+    """
+    side, repeats = (8192, 20) if large else (1024, 3)
+
+    @jax.jit
+    def product(a: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, repeats, lambda _, b: (a @ b).astype(a.dtype), start)
+
+    first, second = jax.random.normal(jax.random.key(0), (2, side, side), jnp.float32)
+    a, start = (first / side**0.5).astype(dtype), second.astype(dtype)
+    product(a, start).block_until_ready()
+    best = min(timed(lambda: product(a, start).block_until_ready()) for _ in range(3))
+    return repeats * 2.0 * side**3 / best
+
+
+def memory_rate(large: bool) -> float:
+    """Bytes a second, read and written, of a pass over an array too large for a cache; `large` on accelerators."""
+    length = 2**28 if large else 2**25
+    passed = jax.jit(lambda x: x + 1.0)
+    x = jnp.zeros(length, jnp.float32)
+    passed(x).block_until_ready()
+    best = min(timed(lambda: passed(x).block_until_ready()) for _ in range(5))
+    return 8.0 * length / best
+
+
+def timed(action: Callable[[], Any]) -> float:
+    """The seconds that `action` takes."""
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start

@@ -1,0 +1,130 @@
+"""The rates of what feeds the programs and of what judges their images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from diffdistill import chain, runner
+from diffdistill.benchmarks import device, training
+from diffdistill.config import Config
+from diffdistill.data import augmentation
+from diffdistill.data.contract import Source
+from diffdistill.data.pipeline import Batches
+from diffdistill.evaluation import features, inception, results
+from diffdistill.methods.base import ARGUMENTS
+from diffdistill.training import mesh as meshes
+from diffdistill.training.loop import compile_step
+from diffdistill.training.prefetch import Calls
+
+_IMAGES = 4096  # drawn, where a config has no data yet
+AUGMENTED = 0.12  # the probability of EDM's configuration F
+
+
+def pipeline(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> Iterator[results.Record]:
+    """Images a second that one process reads and stacks, plain and mirrored, and that the devices augment."""
+    source, size = _source(config, facts), config.teacher.batch_size
+    for flip in (False, True):
+        batches = Batches(source, size, 0, flip, *meshes.process_slice(size))
+        number = iter(range(10**9))
+        rate = device.calls_per_second(lambda batches=batches, number=number: batches(next(number)), seconds)
+        yield {
+            "what": "read, mirrored" if flip else "read",
+            "data": source.name,
+            "batch_size": size,
+            "images_per_second": rate * size,
+            "seconds": 1 / rate,
+        }
+    rows = meshes.batch_sharding(mesh)
+    images = jax.device_put(np.zeros((size, *facts.image_shape), np.float32), rows)
+    program = device.compiled(
+        jax.jit(lambda key, images: augmentation.augment(key, images, probability=AUGMENTED)), jax.random.key(0), images
+    )
+    rate = device.calls_per_second(lambda: jax.block_until_ready(program.run(jax.random.key(0), images)), seconds)
+    yield {
+        "what": "augmented on the devices",
+        "batch_size": size,
+        "images_per_second": rate * size,
+        "seconds": 1 / rate,
+        "bytes": program.bytes_accessed,
+        "compile_seconds": program.compile_seconds,
+        "program_memory": program.memory,
+    }
+
+
+def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> results.Record:
+    """The share of its time that a teacher's training waits for batches, as the training loop draws them."""
+    config, stage = training.with_stage(config, "teacher")
+    method = chain.method_of(config, stage, facts)
+    step = compile_step(method.step, mesh, config.training.updates_per_call or None)
+    key, size = jax.random.key(0), stage.settings.batch_size
+    state = meshes.replicate(mesh, jax.jit(method.init)(key, {}))
+    arguments = meshes.replicate(mesh, {name: jnp.int32(1) for name in ARGUMENTS})
+    flag = meshes.per_device_flag(mesh, False)
+    batches = Batches(_source(config, facts), size, 0, config.data.flip, *meshes.process_slice(size))
+    calls = Calls(batches, mesh, 0, 10**9, step.updates_per_call, 0)
+    drawn = iter(calls)
+    waited, updates, begun = 0.0, 0, None
+    try:
+        while begun is None or meshes.any_process(updates < 2 or time.monotonic() - begun < seconds):
+            asked = time.monotonic()
+            _, count, rows = next(drawn)
+            waited += time.monotonic() - asked
+            state, metrics, _ = step.function(state, {}, rows, key, arguments, np.int32(count), flag)
+            jax.block_until_ready(metrics)
+            updates += count
+            if begun is None:  # compiled
+                waited, updates, begun = 0.0, 0, time.monotonic()
+        spent = time.monotonic() - begun
+    finally:
+        calls.close()
+    return {
+        "what": "training from the data",
+        "batch_size": size,
+        "images_per_second": updates * size / spent,
+        "seconds": spent / updates,
+        "waiting": waited / spent,
+    }
+
+
+def networks(facts: chain.DataFacts, seconds: float) -> Iterator[results.Record]:
+    """Images a second of the networks that judge images: the classifier of small images and Inception, untrained."""
+    drawn = np.random.default_rng(0).integers(0, 256, (features.APPLY_BATCH, *facts.image_shape), dtype=np.uint8)
+    classes = max(facts.num_classes, 2)
+    variables = features.Classifier(classes).init(jax.random.key(0), drawn[:1])
+    judge = features.FeatureNetwork(variables, 1.0, facts.image_shape, classes, {})
+    yield _network("classifier", lambda images: judge.measure(images), drawn, seconds)
+    shapes = jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    extractor = inception.FeatureExtractor(zeros, "tf", "")
+    few = drawn[: features.APPLY_BATCH if meshes.is_accelerator(meshes.make_mesh()) else 8]
+    yield _network("Inception", lambda images: jax.block_until_ready(extractor(images)), few, seconds)
+
+
+def _network(name: str, judge, images: np.ndarray, seconds: float) -> results.Record:
+    compile_seconds = device.timed(lambda: judge(images))
+    rate = device.calls_per_second(lambda: judge(images), seconds)
+    return {
+        "what": name,
+        "batch_size": len(images),
+        "images_per_second": rate * len(images),
+        "seconds": 1 / rate,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _source(config: Config, facts: chain.DataFacts) -> Source:
+    """The images of the config; random ones before it has any."""
+    if config.data.source == "digits" or config.data.path:
+        return runner.open_data(config)[0]
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (_IMAGES, *facts.image_shape), dtype=np.uint8)
+    labels = random.integers(0, max(facts.num_classes, 1), _IMAGES, dtype=np.int32)
+    names = tuple(map(str, range(facts.num_classes)))
+    read = lambda index: (images[index], int(labels[index]))  # noqa: E731
+    return Source("random images", facts.image_shape, names, _IMAGES, read, lambda: "", images, labels)

@@ -1,0 +1,85 @@
+"""The rates of every sampler, as `--mode=sample` runs it on a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffdistill import chain, plan, samplers
+from diffdistill.benchmarks import device
+from diffdistill.config import Config
+from diffdistill.data.pipeline import Batch
+from diffdistill.evaluation import results
+from diffdistill.generator import Generator, SampleError
+from diffdistill.training import mesh as meshes
+
+STEPS = (1, 4, 18)
+
+
+def measure(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> Iterator[results.Record]:
+    """A record for every sampler that this teacher can be sampled with, and each of STEPS; without guidance."""
+    generator = _generator(config, facts, mesh)
+    for sampler in samplers.SAMPLERS:
+        fresh = True  # a program serves every number of steps, but for samplers that need it as a plain number
+        for num_steps in STEPS:
+            try:
+                record = _measured(config, facts, generator, sampler, num_steps, seconds, fresh)
+            except SampleError:
+                continue  # a sampler of discrete times, or of one step alone
+            fresh = sampler in samplers.FIXED_STEPS
+            yield record
+
+
+def _generator(config: Config, facts: chain.DataFacts, mesh: Mesh) -> Generator:
+    stage = chain.plan(config)[0]
+    denoiser = chain.denoiser_of(config, stage, facts)
+    generator = Generator(
+        name=stage.name,
+        denoiser=denoiser,
+        params=meshes.replicate(mesh, jax.jit(denoiser.init)(jax.random.key(0))),
+        schedule=chain.sampling_schedule_of(config.process, config.model.prediction),
+        num_steps=max(STEPS),
+        settings=dataclasses.asdict(config.sampling),
+        batch_size=config.sampling.batch_size,
+    )
+    if denoiser.task is None:
+        return generator
+    size = generator.chunk_size(config.sampling.batch_size)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *facts.image_shape), dtype=np.uint8)
+    shown = lambda seeds: Batch(image=pixels[: len(seeds)], label=np.zeros(len(seeds), np.int32))  # noqa: E731
+    return dataclasses.replace(generator, examples=shown)
+
+
+def _measured(
+    config: Config,
+    facts: chain.DataFacts,
+    generator: Generator,
+    sampler: str,
+    num_steps: int,
+    seconds: float,
+    fresh: bool,
+) -> results.Record:
+    size = generator.chunk_size(config.sampling.batch_size)
+    stage = chain.plan(config)[0]
+
+    def call() -> None:
+        for chunk in generator.stream(size, num_steps=num_steps, sampler=sampler):
+            jax.block_until_ready(chunk.images)
+
+    compile_seconds = device.timed(call)  # and the first batch
+    rate = device.calls_per_second(call, seconds)
+    evaluations = generator.network_evaluations(num_steps, 0.0, sampler)
+    return {
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "network_evaluations": evaluations,
+        "batch_size": size,
+        "images_per_second": rate * size,
+        "seconds": 1 / rate,
+        "flops": size * evaluations * plan.flops_per_evaluation(config, stage, facts),
+        "compile_seconds": compile_seconds if fresh else None,
+    }

@@ -1,0 +1,111 @@
+"""The rates of the programs that train: a stage of every method, and the teacher at other sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from diffdistill import chain, plan
+from diffdistill.benchmarks import device
+from diffdistill.config import Config, ConfigError
+from diffdistill.evaluation import results
+from diffdistill.methods.base import ARGUMENTS
+from diffdistill.training import mesh as meshes
+from diffdistill.training.loop import compile_step
+
+METHODS = {"teacher": "teacher", "guided": "guided", "halving": "progressive", "distillation": "diff_instruct"}
+"""The method of the stage that a benchmark measures."""
+
+
+def with_stage(config: Config, name: str) -> tuple[Config, chain.Stage]:
+    """The stage of a benchmark, with a config that has it; its batch is the teacher's, to be compared with it.
+
+    Raises ConfigError where the teacher of this config cannot be distilled so.
+    """
+    settings = {"batch_size": config.teacher.batch_size, "parts": config.teacher.parts}
+    updates = config.teacher.num_updates
+    if name == "guided":
+        if not (config.model.conditional and config.teacher.label_dropout):
+            raise ConfigError("--benchmarks=guided needs a teacher with a null class (config.teacher.label_dropout).")
+        config = dataclasses.replace(config, guided=dataclasses.replace(config.guided, num_updates=updates, **settings))
+    elif name == "halving":
+        halving = dataclasses.replace(config.progressive, num_updates=updates, **settings)
+        config = dataclasses.replace(config, progressive=halving)
+    elif name == "distillation":
+        alone = {part: dataclasses.replace(getattr(config, part), num_updates=0) for part in ("guided", "progressive")}
+        one_step = dataclasses.replace(config.disback, num_updates=updates, path=0, start="teacher", **settings)
+        config = dataclasses.replace(config, disback=one_step, **alone)
+    return config, next(stage for stage in chain.plan(config) if stage.method == METHODS[name])
+
+
+def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> results.Record:
+    """The rate of the program that trains a stage, on random images that lie on the devices."""
+    method = chain.method_of(config, stage, facts)
+    step = compile_step(method.step, mesh, config.training.updates_per_call or None)
+    count, key, size = step.updates_per_call, jax.random.key(0), stage.settings.batch_size
+    start, stop = meshes.process_slice(size)
+    random = np.random.default_rng(jax.process_index())
+    shape = (count, stop - start, *facts.image_shape)
+    batches = {
+        "image": random.integers(0, 256, shape, dtype=np.uint8),
+        "label": random.integers(0, max(facts.num_classes, 1), shape[:2], dtype=np.int32),
+    }
+    batches = meshes.shard_batch(mesh, batches, axis=1)
+    arguments = {name: np.int32(1) for name in ARGUMENTS}
+    arguments |= {"num_steps": np.int32(max(stage.num_steps, 1)), "num_updates": np.int32(stage.num_updates)}
+    arguments, key = meshes.replicate(mesh, (arguments, key))
+    starts, frozen = _networks(config, stage, facts, mesh)
+    state = meshes.replicate(mesh, jax.jit(method.init)(key, starts))
+    inputs = (batches, key, arguments, meshes.replicate(mesh, np.int32(count)), meshes.per_device_flag(mesh, False))
+    program = device.compiled(step.function, state, frozen, *inputs)
+
+    def call() -> None:
+        nonlocal state
+        state, metrics, _ = program.run(state, frozen, *inputs)
+        jax.block_until_ready(metrics)
+
+    rate = device.calls_per_second(call, seconds) * count
+    return {
+        "batch_size": size,
+        "parts": stage.settings.parts,
+        "updates_per_call": count,
+        "images_per_second": rate * size,
+        "seconds": 1 / rate,
+        "flops": plan.flops_per_update(config, stage, facts),
+        "bytes": program.bytes_accessed,
+        "compile_seconds": program.compile_seconds,
+        "program_memory": program.memory,
+    }
+
+
+def _networks(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Mesh) -> tuple[Any, Any]:
+    """Random parameters for what a stage starts from, and for what its step reads."""
+    starts, frozen = plan.roles(stage)
+    if not starts:
+        return {}, {}
+    before = next(each for each in chain.plan(config) if each.name == stage.teacher)
+    params = meshes.replicate(mesh, jax.jit(chain.denoiser_of(config, before, facts).init)(jax.random.key(0)))
+    return dict.fromkeys(starts, params), dict.fromkeys(frozen, params)
+
+
+def sizes(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[tuple[Config, chain.DataFacts, Mesh]]:
+    """The teacher at parts of its batch, at half and twice the side of its images, and on fewer devices."""
+    batch = config.teacher.batch_size
+    found = []
+    for smaller in (batch // 4, batch // 2, batch):
+        if smaller and smaller % mesh.size == 0 and smaller % config.teacher.parts == 0:
+            teacher = dataclasses.replace(config.teacher, batch_size=smaller)
+            found.append((dataclasses.replace(config, teacher=teacher), facts, mesh))
+    height, width, channels = facts.image_shape
+    factor = 2 ** (len(config.model.multipliers) - 1)
+    for shape in ((height // 2, width // 2, channels), (2 * height, 2 * width, channels)):
+        if shape[0] and shape[0] % factor == 0 and shape[1] % factor == 0:
+            found.append((config, dataclasses.replace(facts, image_shape=shape), mesh))
+    if jax.process_count() == 1:
+        counts = [2**power for power in range((mesh.size - 1).bit_length())]
+        found += [(config, facts, meshes.make_mesh(count)) for count in counts if count < mesh.size]
+    return found
