@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from diffdistill.data.contract import DataError, existing
+from diffdistill.data.contract import DataError, check_expansion, existing
 
 MEMORY_LIMIT = 512 * 2**20
 
@@ -91,6 +91,14 @@ def _container(path: Path, sizes: dict[str, int], folders: set[str], opener: Cal
     return Container(path, dict(sorted(sizes.items())), frozenset(folders), opener)
 
 
+def _inside(path: Path, name: str) -> str:
+    """The name of a file of an archive, without slashes around it. DataError where it leads out of the archive."""
+    inside = posixpath.normpath(name.strip("/"))
+    if inside == ".." or inside.startswith("../"):
+        raise DataError(f"{path} holds a file named {name!r}, which leads out of it; unpack it by hand if you trust it")
+    return inside
+
+
 def _folder(root: Path) -> Container:
     sizes: dict[str, int] = {}
     folders: set[str] = set()
@@ -122,13 +130,16 @@ def _folder(root: Path) -> Container:
 
 def _zip(path: Path) -> Container:
     archive = zipfile.ZipFile(path)  # locks its file by itself: safe from several threads
-    sizes = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
-    folders = {entry.filename.rstrip("/") for entry in archive.infolist() if entry.is_dir()}
+    entries = {_inside(path, entry.filename): entry for entry in archive.infolist() if not entry.is_dir()}
+    sizes = {name: entry.file_size for name, entry in entries.items()}
+    folders = {_inside(path, entry.filename) for entry in archive.infolist() if entry.is_dir()}
 
     def opener(name: str) -> BinaryIO:
+        entry = entries[name]
+        check_expansion(f"{path / name}", entry.compress_size, entry.file_size)
         with _damage(path):
             try:
-                return io.BytesIO(archive.read(name))
+                return io.BytesIO(archive.read(entry))
             except RuntimeError as error:  # a password, or a compression this Python lacks
                 raise DataError(f"{path}: {name} cannot be read ({error})") from error
 
@@ -166,7 +177,7 @@ def _tar(path: Path, plain: Path | bytes) -> Container:
     links: dict[str, str] = {}
     with tarfile.open(fileobj=io.BytesIO(plain)) if isinstance(plain, bytes) else tarfile.open(plain, "r:") as archive:
         while (member := archive.next()) is not None:
-            name = posixpath.normpath(member.name)
+            name = _inside(path, member.name)
             if member.isreg() and not member.issparse():
                 places[name] = (member.offset_data, member.size)
             elif member.isdir() and name != ".":

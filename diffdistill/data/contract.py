@@ -38,6 +38,20 @@ def existing(path: str | Path) -> Path:
     raise DataError(f"{path} does not exist; the nearest parent that does is the {kind} {parent}. Check the path")
 
 
+def check_expansion(title: str, stored: int, size: int) -> None:
+    """Refuses what would fill the memory out of a small file: DataError for over 256 MiB, 100 times what is stored.
+
+    Args:
+      title: of the file, for the message.
+      stored, size: bytes before and after decompression.
+    """
+    if size > 2**28 and size > 100 * stored:
+        raise DataError(
+            f"{title} would unpack {stored} bytes to {size}, more than images and arrays ever do; it is damaged or "
+            "meant to fill the memory. Unpack it by hand if it is neither"
+        )
+
+
 class Example(TypedDict):
     """One image (H, W, C), uint8 in 0..255 or a float32 latent, and its class number."""
 

@@ -5,14 +5,16 @@ Format: two zero bytes, the type (8 = uint8), the number of dimensions, each dim
 """
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source, array_source, existing
+from diffdistill.data.contract import DataError, Source, array_source, check_expansion, existing
 from diffdistill.data.pixels import fitted
 
 _PREFIX = {"train": "train", "test": "t10k"}
@@ -68,21 +70,30 @@ def _find(folder: Path, split: str, what: str) -> Path:
 def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     """Returns the array of one IDX file of uint8. Raises DataError on another type, rank or length."""
     try:
-        content = file.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        with file.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(file) if packed else file.open("rb") as stream:
+            return _read_array(file, stream, dimensions, packed)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} is damaged or truncated ({error}); fetch it again") from error
-    magic = bytes((0, 0, _UINT8, dimensions))
-    if content[:4] != magic:
-        raise DataError(f"{file} begins with {content[:4].hex(' ')}, expected {magic.hex(' ')}: not such an IDX file")
-    header = 4 + 4 * dimensions
-    if len(content) < header:
-        raise DataError(f"{file} ends inside its header ({len(content)} bytes): truncated; fetch it again")
-    shape = struct.unpack_from(f">{dimensions}I", content, 4)
-    expected = header + int(np.prod(shape, dtype=np.int64))
+
+
+def _read_array(file: Path, stream: IO[bytes], dimensions: int, packed: bool) -> NDArray[np.uint8]:
+    magic, start = bytes((0, 0, _UINT8, dimensions)), stream.read(4 + 4 * dimensions)
+    if start[:4] != magic:
+        raise DataError(f"{file} begins with {start[:4].hex(' ')}, expected {magic.hex(' ')}: not such an IDX file")
+    if len(start) < 4 + 4 * dimensions:
+        raise DataError(f"{file} ends inside its header ({len(start)} bytes): truncated; fetch it again")
+    shape = struct.unpack_from(f">{dimensions}I", start, 4)
+    expected, stored = math.prod(shape), file.stat().st_size
+    if packed:
+        check_expansion(str(file), stored, expected)
+    # Never more than the file can hold, whatever its header says.
+    content = stream.read((expected if packed else min(expected, stored)) + 1)
     if len(content) != expected:
+        found = f"more than {expected}" if len(content) > expected else str(len(content))
         raise DataError(
-            f"{file} holds {len(content)} bytes, its header says {expected}; truncated or not this file; fetch it again"
+            f"{file} holds {found} bytes after its header, which says {expected}; truncated or not this file; fetch it "
+            "again"
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)

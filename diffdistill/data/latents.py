@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source, array_source, existing
+from diffdistill.data.contract import DataError, Source, array_source, check_expansion, existing
 
 MEMBER = "latents"
 _MOST_CLASSES = 100_000
@@ -22,10 +22,11 @@ _MOST_CLASSES = 100_000
 
 def holds_latents(path: Path) -> bool:
     """Whether a path is an .npz file with an array of latents."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return f"{MEMBER}.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return f"{MEMBER}.npy" in archive.namelist()
 
 
 def open_latents(path: str | Path, split: str, image_size: int | None, channels: int | None) -> Source:
@@ -46,8 +47,13 @@ def open_latents(path: str | Path, split: str, image_size: int | None, channels:
     if not holds_latents(path):
         raise DataError(f"{path} is no .npz file with an array named {MEMBER!r} (N, H, W, C); make one with np.savez")
     try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                check_expansion(f"{path}: {entry.filename}", entry.compress_size, entry.file_size)
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in (MEMBER, "labels", "class_names")}
+            arrays = {name: np.asarray(file[name]) for name in file.files if name in (MEMBER, "labels", "class_names")}
+    except DataError:
+        raise
     except Exception as error:  # a damaged zip raises nearly anything
         raise DataError(f"{path} is damaged or holds objects ({error}); fetch or make it again") from error
     latents = arrays[MEMBER]

@@ -1,10 +1,13 @@
 """Where numbers go: metrics.jsonl always, TensorBoard events where tensorboardX is installed."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +31,7 @@ class MetricWriter:
         self._stage = stage
         self._path = Path(directory) / "metrics.jsonl"
         self._file: TextIO | None = None
-        self._events: Any = None
+        self._events: _Events | None = None
         if not meshes.is_main():
             return
         try:
@@ -36,7 +39,7 @@ class MetricWriter:
             _drop_lines_after(self._path, stage, step)
             self._file = self._path.open("a", encoding="utf-8")
             if tensorboard:
-                self._events = _event_writer(self._path.parent / "tensorboard" / stage, step)
+                self._events = _events(self._path.parent / "tensorboard" / stage, step)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -50,30 +53,28 @@ class MetricWriter:
             self._file.flush()  # to the kernel: a kill loses nothing
         except OSError as error:
             raise self._failed(error) from error
-        if self._events is not None:
-            for name, value in values.items():
-                for key, number in _numbered(name, value):
-                    self._events.add_scalar(key, number, step)
-
-    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """images: name -> (B, H, W, C) uint8 (or float in [0, 1]). TensorBoard only."""
-        if self._events is not None:
-            for name, array in images.items():
-                self._events.add_images(name, np.asarray(array), step, dataformats="NHWC")
+        numbers = [pair for name, value in values.items() for pair in _numbered(name, value)]
+        self._on_events(lambda events: events.write(step, numbers))
 
     def flush(self) -> None:
         """Hand everything to the operating system (lines are there already)."""
-        if self._events is not None:
-            self._events.flush()
+        self._on_events(_Events.flush)
 
     def close(self) -> None:
         """Flush and close; the writer must not be used again."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
+        self._on_events(_Events.close)
+        self._events = None
+
+    def _on_events(self, action: Callable[[_Events], None]) -> None:
+        if self._events is None:
+            return
+        try:
+            action(self._events)
+        except OSError as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> MetricsError:
         """The message; and no second attempt with what could not be written."""
@@ -81,9 +82,11 @@ class MetricWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
+        self._events = None
         return MetricsError(
-            f"Cannot write {self._path}: {error.strerror}. Free some space or choose a workdir that this user may "
-            "write; then start the same command again to continue from the newest checkpoint."
+            f"Cannot write {self._path} or its TensorBoard events: {error.strerror}. Free some space or choose a "
+            "workdir that this user may write; then start the same command again, which continues from the newest "
+            "checkpoint."
         )
 
 
@@ -160,10 +163,39 @@ def _drop_lines_after(path: Path, stage: str, step: int) -> None:
         os.replace(temporary, path)
 
 
-def _event_writer(directory: Path, step: int) -> Any:
-    """A tensorboardX writer that hides earlier events beyond `step`, or None where tensorboardX is missing."""
+class _Events:
+    """TensorBoard's event file of a stage, written where it is called: tensorboardX's own writer does so in a thread,
+    whose errors nobody hears."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        """step: updates the stage has done already; TensorBoard hides earlier events beyond it."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._event = event_pb2.Event
+        self._writer = EventsWriter(str(directory / "events"))
+        if step:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def write(self, step: int, scalars: Sequence[tuple[str, float]]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in scalars]
+        event = self._event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._writer.write_event(event)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _events(directory: Path, step: int) -> _Events | None:
+    """None where tensorboardX is missing."""
     try:
-        from tensorboardX import SummaryWriter
+        return _Events(directory, step)
     except ImportError:
         return None
-    return SummaryWriter(str(directory), purge_step=step + 1 if step else None)

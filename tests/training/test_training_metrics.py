@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,25 +43,49 @@ def test_a_resumed_stage_leaves_no_line_twice(tmp_path):
 
 
 def test_tensorboard_events_where_tensorboardx_is_installed(tmp_path):
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+    writer = MetricWriter(tmp_path, "a", step=3)
+    writer.write_scalars(4, {"loss": 1.5, "bins": np.array([2.0, 3.0])})
+    writer.flush()
+    writer.write_scalars(5, {"loss": 1.0})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard" / "a").iterdir()
+    assert file.name.startswith("events.out.tfevents.")
+    content, events = file.read_bytes(), []
+    while content:  # length, its checksum, event, its checksum
+        (size,) = struct.unpack_from("<Q", content)
+        events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    version, start, *logged = events
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (4, event_pb2.SessionLog.START)  # hides what there was from 4 on
+    values = [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in logged]
+    assert values == [(4, {"loss": 1.5, "bins/0": 2.0, "bins/1": 3.0}), (5, {"loss": 1.0})]
+
+
+@pytest.mark.parametrize("when", ["flush", "close"])
+def test_events_that_cannot_be_written_are_one_message(tmp_path, when):
     pytest.importorskip("tensorboardX")
     writer = MetricWriter(tmp_path, "a")
-    writer.write_scalars(1, {"loss": 1.0, "bins": np.ones(2)})
-    writer.write_images(1, {"grid": np.zeros((1, 4, 4, 1), np.uint8)})
-    writer.flush()
+    (file,) = (tmp_path / "tensorboard" / "a").iterdir()
+    writer._events._writer._py_recordio_writer._writer = Path("/dev/full").open("wb")  # noqa: SIM115
+    writer.write_scalars(1, {"loss": 1.0})
+    with pytest.raises(MetricsError, match=r"Cannot write .*metrics.jsonl or its TensorBoard events: No space left"):
+        getattr(writer, when)()
     writer.close()
-    assert all(path.name.startswith("events") for path in (tmp_path / "tensorboard" / "a").iterdir())
+    assert file.exists()
 
 
 def test_a_disk_that_takes_no_more(tmp_path):
     """/dev/full answers every write with "no space left": one message, and closing afterwards is quiet."""
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     writer = MetricWriter(tmp_path, "a", tensorboard=False)
-    with pytest.raises(MetricsError, match=r"Cannot write .*metrics.jsonl: No space left on device"):
+    with pytest.raises(MetricsError, match=r"Cannot write .*metrics.jsonl.*: No space left on device"):
         writer.write_scalars(1, {"loss": 1.0})
     writer.flush()
     writer.close()
     (tmp_path / "file").write_text("")
-    with pytest.raises(MetricsError, match=r"Cannot write .*file/metrics.jsonl: "):
+    with pytest.raises(MetricsError, match=r"Cannot write .*file/metrics.jsonl.*: "):
         MetricWriter(tmp_path / "file", "a")
 
 
