@@ -1,0 +1,6 @@
+"""These tests drive fuzz_readers.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,228 @@
+"""Feeds damaged and hostile files to every reader of files from outside, and counts what comes of it.
+
+    python tests/fuzz/fuzz_readers.py --inputs=2000
+    python tests/fuzz/fuzz_readers.py --inputs=20000 --readers=edm,idx --seed=1
+
+An input is a small valid file, changed at random: bits, bytes, lengths, spans, and, inside zip and gzip, the content
+below the checksum. Before those come the hostile files of readers.py. A reader may accept an input or refuse it with
+its own error. Anything else is a finding: another exception, code that was executed, a file opened for writing outside
+the scratch folder, a process, a connection, much memory, much time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import gzip
+import io
+import os
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import readers
+from hostile_files import zipped
+from readers import Reader
+
+MEMORY = 1 << 30  # bytes beyond what the process holds before
+SECONDS = 20.0
+LARGE = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
+
+
+def changed(content: bytes, chance: random.Random, other: bytes) -> bytes:
+    """The same bytes with one to four random changes."""
+    data = bytearray(content)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        if not data:
+            break
+        # Headers and ends say more than the middle.
+        at = chance.choice(
+            (
+                chance.randrange(len(data)),
+                chance.randrange(min(len(data), 64)),
+                max(0, len(data) - 1 - chance.randrange(min(len(data), 64))),
+            )
+        )
+        kind = chance.randrange(8)
+        if kind == 0:
+            data[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            data[at] = chance.randrange(256)
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            size = chance.choice((1, 2, 4, 8))
+            number = chance.choice(LARGE) % (1 << (8 * size))
+            data[at : at + size] = number.to_bytes(size, chance.choice(("little", "big")))
+        elif kind == 4:
+            data[at : at + chance.randrange(1, 64)] = b""
+        elif kind == 5:
+            data[at:at] = data[at : at + chance.randrange(1, 64)]
+        elif kind == 6:
+            start = chance.randrange(len(other)) if other else 0
+            data[at : at + 32] = other[start : start + 32]
+        else:
+            data[at : at + chance.randrange(1, 32)] = bytes(chance.randrange(1, 32))
+    return bytes(data)
+
+
+def mutated(content: bytes, chance: random.Random, other: bytes) -> bytes:
+    """Changes a file, or what lies inside it where a checksum would tell a change outside."""
+    if chance.random() < 0.6:
+        with contextlib.suppress(zipfile.BadZipFile):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                members = {name: archive.read(name) for name in archive.namelist()}
+                stored = archive.infolist()[0].compress_type
+            name = chance.choice(sorted(members))
+            members[name] = changed(members[name], chance, other)
+            return zipped(members, stored)
+        if content.startswith(b"\x1f\x8b"):
+            return gzip.compress(changed(gzip.decompress(content), chance, other), 1)
+    return changed(content, chance, other)
+
+
+WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
+CHANGING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
+
+
+class Watch:
+    """Notes what a reader does beside reading, while it is on."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.on, self.seen = str(scratch), False, []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event in WATCHED:
+            self.seen.append(f"{event} {arguments[:1]}")
+        elif event in CHANGING and not os.fsdecode(arguments[0]).startswith(self.scratch):
+            self.seen.append(f"{event} {arguments[0]}")
+        elif event == "open" and isinstance(arguments[0], str | bytes):
+            path, _, flags = arguments
+            name = os.fsdecode(path)
+            if (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not name.startswith((self.scratch, "/dev/")):
+                self.seen.append(f"open for writing {name}")
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        self.seen, self.on = [], True
+        try:
+            yield
+        finally:
+            self.on = False
+
+
+def memory() -> int:
+    """Bytes that the process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak() -> int:
+    """The most bytes that it has held since `reset_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def attempt(reader: Reader, content: bytes, scratch: Path, watch: Watch, owned: Path) -> tuple[str, str]:
+    """(accepted, refused or finding; what was found)."""
+    place = Path(tempfile.mkdtemp(dir=scratch))
+    path = place / "input.bin"
+    path.write_bytes(content)
+    reset_peak()
+    before, begun = memory(), time.monotonic()
+    outcome, detail = "accepted", ""
+    try:
+        with watch.watching():
+            reader.read(path)
+    except reader.errors as error:
+        outcome = "refused"
+        if not str(error).strip():
+            outcome, detail = "finding", "an error without a message"
+    except (Exception, SystemExit, RecursionError) as error:  # noqa: BLE001, whatever it is, it is a finding
+        outcome, detail = "finding", "".join(traceback.format_exception(error)[-3:])
+    spent, used = time.monotonic() - begun, peak() - before
+    if owned.exists():
+        outcome, detail = "finding", "code was executed"
+        owned.unlink()
+    elif watch.seen:
+        outcome, detail = "finding", f"it did {watch.seen[:3]}"
+    elif used > MEMORY:
+        outcome, detail = "finding", f"it took {used >> 20} MiB"
+    elif spent > SECONDS:
+        outcome, detail = "finding", f"it took {spent:.0f} s"
+    shutil.rmtree(place, ignore_errors=True)
+    return outcome, detail
+
+
+def fuzz(names: list[str], inputs: int, seed: int, keep: Path | None = None) -> dict[str, collections.Counter]:
+    """What came of `inputs` changed files and all hostile ones, for each reader. Findings are printed, and kept."""
+    scratch = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    owned = scratch / "owned"
+    watch = Watch(scratch)
+    readers.RECORDS.update(readers.records_seed())
+    known = readers.known(owned)
+    counts: dict[str, collections.Counter] = {}
+    try:
+        for name in names or list(known):
+            reader, chance = known[name], random.Random(f"{seed} {name}")
+            seeds = list(reader.seeds().values())
+            counts[name] = collections.Counter()
+
+            def note(content: bytes, label: str, reader=reader, name=name) -> str:
+                outcome, detail = attempt(reader, content, scratch, watch, owned)
+                counts[name][outcome] += 1
+                if outcome == "finding":
+                    print(f"FINDING {name}, {label}: {detail}", flush=True)
+                    if keep is not None:
+                        keep.mkdir(parents=True, exist_ok=True)
+                        (keep / f"{name.replace('/', '_')}-{label}".replace(" ", "_")).write_bytes(content[: 1 << 24])
+                return outcome
+
+            for number, content in enumerate(seeds):
+                if note(content, f"seed {number}") == "refused":
+                    print(f"FINDING {name}: the valid file {number} is refused", flush=True)
+                    counts[name]["finding"] += 1
+            for label, content in reader.hostile().items():
+                note(content, label)
+            for number in range(inputs):
+                note(mutated(chance.choice(seeds), chance, chance.choice(seeds)), f"input {number}")
+            print(f"{name}: {dict(counts[name])}", flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return counts
+
+
+def main() -> None:
+    """The command line at the top of this file."""
+    parser = argparse.ArgumentParser(description="Feed damaged files to every reader.")
+    parser.add_argument("--inputs", type=int, default=2000, help="changed files for each reader")
+    parser.add_argument("--readers", default="", help="some of them, separated by commas")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the inputs of findings")
+    given = parser.parse_args()
+    sys.path.insert(0, str(readers.ROOT))
+    os.chdir(readers.ROOT)
+    counts = fuzz([name for name in given.readers.split(",") if name], given.inputs, given.seed, given.keep)
+    total = sum(counts.values(), collections.Counter())
+    print(f"{sum(total.values())} inputs, {len(counts)} readers: {dict(total)}")
+    sys.exit(1 if total["finding"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What files are made of, and hostile ones made by hand: bombs, lengths without data, links, pickled calls."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def tarred(members: dict[str, bytes | tarfile.TarInfo], mode: str = "w") -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
+        for name, content in members.items():
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return stream.getvalue()
+
+
+def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def npy(array: np.ndarray, **settings: Any) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, **settings)
+    return stream.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def npy_header(shape: str, descr: str = "|u1") -> bytes:
+    """An array of a shape that is nowhere near its data."""
+    head = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    head += b" " * (-(len(head) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
+
+
+def zero_bomb(size: int = 3 << 30) -> bytes:
+    """A zlib stream of `size` zeros in about a thousandth of it."""
+    squeeze, block = zlib.compressobj(9), bytes(1 << 20)
+    return b"".join(squeeze.compress(block) for _ in range(size >> 20)) + squeeze.flush()
+
+
+def gzip_bomb(start: bytes = b"", size: int = 3 << 30) -> bytes:
+    squeeze, block = zlib.compressobj(9, zlib.DEFLATED, 31), bytes(1 << 20)
+    return squeeze.compress(start) + b"".join(squeeze.compress(block) for _ in range(size >> 20)) + squeeze.flush()
+
+
+def zip_bomb(name: str, start: bytes = b"", size: int = 3 << 30) -> bytes:
+    stream = io.BytesIO()
+    with (
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open(name, "w", force_zip64=True) as file,
+    ):
+        file.write(start)
+        for _ in range(size >> 20):
+            file.write(bytes(1 << 20))
+    return stream.getvalue()
+
+
+def picture(side: int = 6, kind: str = "PNG", value: int = 0) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(value).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def png_bomb(side: int = 60_000) -> bytes:
+    """A black square of 3.6 gigapixels in a few megabytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    squeeze = zlib.compressobj(9)
+    rows = b"".join(squeeze.compress(bytes(side + 1)) for _ in range(side)) + squeeze.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+class Evil:
+    """Pickled as a call."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def evil_pickles(owned: Path) -> dict[str, bytes]:
+    """Pickles that would leave a trace at `owned` if any of their calls were made, and some that would never end."""
+    touch = f"touch {owned}"
+    calls = {
+        "system": Evil(os.system, touch),
+        "eval": Evil(eval, f"open({str(owned)!r}, 'w')"),
+        "exec": Evil(exec, f"open({str(owned)!r}, 'w')"),
+        "open": Evil(open, str(owned), "w"),
+        "import": Evil(__import__, "antigravity"),
+        "nested": {"state_dict": [Evil(os.system, touch)]},
+    }
+    found = {
+        f"{name}.{protocol}": pickle.dumps(call, protocol) for name, call in calls.items() for protocol in (0, 2, 4)
+    }
+    found["deep"] = b"\x80\x02" + b"(" * 200_000 + b"l" * 200_000 + b"."
+    found["doubling"] = b"\x80\x02]" + b"(h\x00h\x00l" * 3 + b"2" * 100 + b"."
+    found["large bytes"] = b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"."
+    found["large memo"] = b"\x80\x04Nr" + struct.pack("<I", 0x7FFFFFF0) + b"."
+    found["large frame"] = b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"N."
+    return found

@@ -1,0 +1,16 @@
+"""A few changed files, and every hostile one, for each reader. Many more: fuzz_readers.py."""
+
+import random
+from collections import Counter
+
+import fuzz_readers
+import readers
+
+
+def test_no_reader_does_anything_but_read_or_refuse(capsys, monkeypatch):
+    monkeypatch.chdir(readers.ROOT)
+    seed = random.randrange(10**6)
+    counts = fuzz_readers.fuzz([], inputs=15, seed=seed)
+    total = sum(counts.values(), Counter())
+    assert total["finding"] == 0, f"seed {seed}: {capsys.readouterr().out}"
+    assert all(count["accepted"] and count["refused"] for count in counts.values()), counts
