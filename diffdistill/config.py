@@ -203,6 +203,7 @@ class TrainingConfig:
     log_every: int = 50
     save_every: int = 1000
     keep: int = 2  # checkpoints kept per stage
+    shard_state: bool = False  # spread optimiser state and averages over the devices, for networks that need the memory
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,15 @@ def memory(config: Config, stage: Stage, facts: DataFacts) -> int:
             frozen = (frozen, frozen)  # the next target is read while one is in use
         if stage.settings.signal == "sid":
             activations *= 3  # the gradient passes through both denoisers too
-    return _bytes(state) + _bytes(frozen) + activations + gradients
+    kept = _bytes_per_device(state) if config.training.shard_state else _bytes(state)
+    return kept + _bytes(frozen) + activations + gradients
+
+
+def _bytes_per_device(state: Any) -> int:
+    """Of a training state that is spread over the devices here."""
+    spread = meshes.state_sharding(meshes.make_mesh(), state)
+    sizes = jax.tree.map(lambda leaf, s: math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize, state, spread)
+    return sum(jax.tree.leaves(sizes))
 
 
 def _bytes(tree: Any) -> int:

@@ -130,7 +130,7 @@ def read_params(folder: Workdir, stage: Stage, mesh: Mesh, update: int = 0, aver
       CheckpointError: no complete checkpoint, or one of another network.
     """
     denoiser = chain.denoiser_of(folder.config, stage, folder.facts)
-    like = meshes.abstract(mesh, jax.eval_shape(denoiser.init, jax.random.key(0)))
+    like = meshes.abstract(jax.eval_shape(denoiser.init, jax.random.key(0)), meshes.replicated(mesh))
     return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(
         like, step=update or None, average=average
     )
@@ -182,16 +182,17 @@ def _train_stage(
     )
     config = run.config
     method = chain.method_of(config, stage, run.facts)
-    if method not in compiled:
-        calls = config.training.updates_per_call or None
-        compiled[method] = compile_step(method.step, run.mesh, calls)
-
     stage_key = jax.random.fold_in(jax.random.key(config.seed), index)
     # Streams of an update are numbered from 0: the key of the initialisation lies beyond any update.
     init_key = jax.random.fold_in(stage_key, np.uint32(2**32 - 1))
     starts, frozen, num_targets = _inputs(run, stage, say)
-    state, meta = resume_or_start(checkpoints, run.mesh, functools.partial(jax.jit(method.init), init_key, starts))
-    del starts  # memory that a generator needs
+    init = functools.partial(jax.jit(method.init), init_key, starts)
+    if method not in compiled:
+        calls = config.training.updates_per_call or None
+        spread = meshes.state_sharding(run.mesh, jax.eval_shape(init)) if config.training.shard_state else None
+        compiled[method] = compile_step(method.step, run.mesh, calls, spread)
+    state, meta = resume_or_start(checkpoints, compiled[method], init)
+    del starts, init  # memory that a generator needs
 
     start, stop = meshes.process_slice(stage.settings.batch_size)
     data_seed = int(np.random.SeedSequence((config.seed, index)).generate_state(1)[0])

@@ -112,7 +112,7 @@ def final_state(run: runner.Run):
     """The newest training state of the teacher."""
     stage = run.stages[0]
     method = chain.method_of(run.config, stage, run.facts)
-    like = meshes.abstract(run.mesh, jax.eval_shape(method.init, jax.random.key(0), {}))
+    like = meshes.abstract(jax.eval_shape(method.init, jax.random.key(0), {}), meshes.replicated(run.mesh))
     return StageCheckpoints(run.workdir.stage(stage.name), read_only=True).restore(like)[0]
 
 

@@ -204,7 +204,9 @@ class StageCheckpoints:
         try:
             checksums.check(self.directory / str(step), items)
         except checksums.Damaged as error:
-            raise CheckpointError(_damaged(self.directory / str(step), _first_line(error))) from error
+            raise CheckpointError(_damaged(self.directory / str(step), str(error))) from error
+        except OSError as error:
+            raise CheckpointError(_unreadable(self.directory / str(step), error)) from error
 
     def _writable(self) -> ocp.CheckpointManager:
         if self._manager is None or self._read_only:
@@ -245,7 +247,7 @@ class StageCheckpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:
-            raise CheckpointError(_damaged(self.directory / str(step), _first_line(error))) from error
+            raise CheckpointError(_unreadable(self.directory / str(step), error)) from error
 
     def _compare(self, step: int, items: dict[str, Any]) -> None:
         """Every tensor of `items` must be in the checkpoint with its shape and dtype, and no other."""
@@ -270,7 +272,7 @@ class StageCheckpoints:
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path)
             return trees.flat(getattr(metadata, "item_metadata", metadata).tree)
         except Exception as error:
-            raise CheckpointError(_damaged(self.directory / str(step), _first_line(error))) from error
+            raise CheckpointError(_unreadable(self.directory / str(step), error)) from error
 
     def _failed_save(self, error: Exception) -> CheckpointError:
         """Say why, after removing what the failed write left (a full disk needs the room)."""
@@ -320,10 +322,18 @@ def _remove_torn(directory: Path, keep: int, keep_every: int) -> None:
 
 
 def _damaged(checkpoint: Path, why: str) -> str:
+    return f"The checkpoint {checkpoint} is damaged: {why}. {_AWAY}"
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> str:
+    """What cannot be read need not be damaged."""
     return (
-        f"The checkpoint {checkpoint} cannot be read and seems damaged: {why}. Move that directory away to continue "
-        "from the checkpoint before it, if there is one."
+        f"The checkpoint {checkpoint} cannot be read: {_first_line(error)}. If the disk or the network fails, put it "
+        f"right and start the same command again. {_AWAY}"
     )
+
+
+_AWAY = "Move that directory away to continue from the checkpoint before it, if there is one."
 
 
 def _explain(error: BaseException, doing: str, directory: Path) -> str:

@@ -25,13 +25,14 @@ def check(folder: Path, items: Iterable[str]) -> None:
     Does nothing without checksums.json, as in checkpoints that are older than it.
 
     Raises:
-      Damaged: a file differs, is missing or cannot be read.
+      Damaged: a file differs or is missing.
+      OSError: a file is there and cannot be read.
     """
     try:
         sums = json.loads((folder / FILE).read_text())["blake2b"]
     except FileNotFoundError:
         return
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"its {FILE} cannot be read: {error}") from error
     wanted = set(items)
     for name, expected in sums.items():
@@ -39,8 +40,8 @@ def check(folder: Path, items: Iterable[str]) -> None:
             continue
         try:
             found = _digest(folder / name)
-        except OSError as error:
-            raise Damaged(f"its file {name} cannot be read: {error.strerror}") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Damaged(f"its file {name} is missing") from error
         if found != expected:
             raise Damaged(f"its file {name} is not as it was written: the checksums differ")
 

@@ -8,6 +8,7 @@ compilation serves every round of a chain.
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,11 +38,13 @@ class CompiledStep:
 
     function(state, frozen, batches (K, B, ...), stage_key, arguments, count, stop) -> (state, metrics (K, ...), stop):
     runs the first `count` of K batches; `stop` in: one flag per device, out: their maximum.
+    state_sharding: of all leaves of the state, or a tree of one for each.
     """
 
     function: Any
     mesh: Mesh
     updates_per_call: int
+    state_sharding: Any
 
 
 def default_updates_per_call(mesh: Mesh) -> int:
@@ -53,8 +56,12 @@ def default_updates_per_call(mesh: Mesh) -> int:
     return 10 if meshes.is_accelerator(mesh) else 1
 
 
-def compile_step(step: Step, mesh: Mesh, updates_per_call: int | None = None) -> CompiledStep:
+def compile_step(
+    step: Step, mesh: Mesh, updates_per_call: int | None = None, state_sharding: Any = None
+) -> CompiledStep:
     """Compile `step` for `mesh`: state donated, batch sharded, all else replicated, `step` traced exactly once.
+
+    state_sharding: `mesh.state_sharding` of the state; by default it is replicated too.
 
     The number of updates of a call is traced and every call runs the same executable, so how a run is cut into calls
     (by checkpoints, by an interruption) never changes a bit. With updates_per_call = 1 there is no loop at all.
@@ -87,11 +94,12 @@ def compile_step(step: Step, mesh: Mesh, updates_per_call: int | None = None) ->
         return state, rows, jnp.max(stop)
 
     everywhere = meshes.replicated(mesh)
+    of_state = everywhere if state_sharding is None else state_sharding
     function = jax.jit(
         call,
         donate_argnums=(0,),
         in_shardings=(
-            everywhere,
+            of_state,
             everywhere,
             meshes.batch_sharding(mesh, axis=1),
             everywhere,
@@ -99,22 +107,22 @@ def compile_step(step: Step, mesh: Mesh, updates_per_call: int | None = None) ->
             everywhere,
             meshes.batch_sharding(mesh),
         ),
-        out_shardings=(everywhere, everywhere, everywhere),
+        out_shardings=(of_state, everywhere, everywhere),
     )
-    return CompiledStep(function=function, mesh=mesh, updates_per_call=size)
+    return CompiledStep(function=function, mesh=mesh, updates_per_call=size, state_sharding=of_state)
 
 
 def resume_or_start(
-    checkpoints: StageCheckpoints, mesh: Mesh, init: Callable[[], State]
+    checkpoints: StageCheckpoints, compiled: CompiledStep, init: Callable[[], State]
 ) -> tuple[State, dict[str, Any]]:
-    """The newest checkpoint of the stage, placed on `mesh`, or `init()` where there is none; and its meta (or {}).
+    """The newest checkpoint of the stage, placed as the step wants it, or `init()` where there is none; and its meta.
 
     init: pure, gives the state of update 0; on a resume only its shapes are computed.
     Raises CheckpointError where the checkpoint belongs to another network or optimiser.
     """
     if checkpoints.latest() is None:
-        return meshes.replicate(mesh, init()), {}
-    return checkpoints.restore(meshes.abstract(mesh, jax.eval_shape(init)))
+        return meshes.place(init(), compiled.state_sharding), {}
+    return checkpoints.restore(meshes.abstract(jax.eval_shape(init), compiled.state_sharding))
 
 
 def fit(
@@ -153,13 +161,19 @@ def fit(
     raises.
     """
     mesh = compiled.mesh
-    state, arguments, stage_key = meshes.replicate(
-        mesh, (state, {k: _scalar(v) for k, v in arguments.items()}, stage_key), copy=False
+    state = meshes.place(state, compiled.state_sharding, copy=False)
+    arguments, stage_key = meshes.replicate(
+        mesh, ({k: _scalar(v) for k, v in arguments.items()}, stage_key), copy=False
     )
     relay = frozen if isinstance(frozen, Relay) else None
     if relay is None:
         frozen = meshes.replicate(mesh, frozen, copy=False)
     start = int(state.step)
+    meshes.assert_same(
+        str(start),
+        f"the update that stage {stage} goes on from",
+        "the workdir that they see is not the same. Give all of them one that they share.",
+    )
     clock = _Clock(float((meta or {}).get("seconds", 0.0)))
     in_flight: collections.deque[_Call] = collections.deque()
     window = Window(log_every)
@@ -171,11 +185,7 @@ def fit(
         nonlocal stopping
         while len(in_flight) > keep:
             call = in_flight.popleft()
-            try:
-                metrics = {name: rows[: call.count] for name, rows in meshes.fetch(call.metrics).items()}
-            except ProcessLost:
-                checkpoints.abandon()  # a save that is under way would wait for the lost one
-                raise
+            metrics = {name: rows[: call.count] for name, rows in meshes.fetch(call.metrics).items()}
             stopping = stopping or bool(call.stop)
             if stop_at_non_finite:
                 _check_finite(metrics, stage, call.first, num_updates, checkpoints)
@@ -195,8 +205,14 @@ def fit(
     alone = jax.process_count() == 1
     changes = () if relay is None else relay.changes
     calls = Calls(batches, mesh, start, num_updates, compiled.updates_per_call, checkpoints.save_every, changes)
+
+    def let_go(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, ProcessLost):
+            checkpoints.abandon()  # a save that is under way would wait for the lost one
+
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.wait)
+        stack.push(let_go)
         if relay is not None:
             stack.callback(relay.close)
         if writer is not None:
@@ -275,12 +291,24 @@ def _check_finite(
 
 
 def _check_state(state: State, stage: str, update: int, num_updates: int, checkpoints: StageCheckpoints) -> None:
-    """A finite loss does not promise finite parameters after it: look before they become the last good checkpoint."""
+    """Looks at the parameters before they become the last good checkpoint: a finite loss does not promise that they are
+    finite, and processes that are meant to hold the same may not."""
     # On the host: compiling a reduction over some hundred tensors takes longer than all the checks of a run.
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params))):
+    params = jax.tree.leaves(meshes.fetch(state.params))
+    if not all(np.isfinite(leaf).all() for leaf in params):
         raise NonFiniteLoss(
             f"Stage {stage}: the parameters are no longer finite after update {update} of {num_updates} "
             f"(batch {update - 1}). " + _advice(checkpoints)
+        )
+    if jax.process_count() > 1:
+        digest = hashlib.blake2b(str(update).encode())
+        for leaf in params:
+            digest.update(np.ascontiguousarray(leaf).data)
+        meshes.assert_same(
+            digest.hexdigest(),
+            f"the parameters of stage {stage} after update {update}",
+            "they were not saved. A device, memory or network of these may be broken: leave that host out and start "
+            "the same command again, which continues from the newest checkpoint.",
         )
 
 

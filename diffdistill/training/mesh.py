@@ -5,8 +5,9 @@ replicated. `jax.jit` sees global arrays and inserts the collectives itself, so 
 the whole batch, a random draw is the same draw on 1, 2 or 8 devices, and no method ever says `pmean`.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from diffdistill.training.errors import ProcessesDisagree, ProcessLost
 
 AXIS = "data"
 """Name of the one mesh axis."""
+
+SPREAD = ("optimizer", "ema", "averages")
+"""Fields of training states that `state_sharding` spreads over the devices."""
 
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life from a process of the job, JAX ends the others."""
@@ -144,16 +148,21 @@ def wait_for_all(where: str) -> None:
 
 
 def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
-    """`tree` on every device. Every process must hold equal values.
+    """`tree` on every device; see `place`."""
+    return place(tree, replicated(mesh), copy=copy)
 
+
+def place(tree: Any, sharding: Any, *, copy: bool = True) -> Any:
+    """`tree` on the devices. Every process must hold equal values.
+
+    sharding: of all leaves, or a tree of one for each.
     copy: the result never shares memory with `tree`, so it may be donated while the source lives on. Without it,
-    leaves that already lie on the whole mesh are handed through.
+    leaves that already lie where they belong are handed through.
     """
-    sharding = replicated(mesh)
 
-    def place(leaf: Any) -> jax.Array:
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = place(jax.random.key_data(leaf))
+            data = put(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             return jax.device_put(leaf, sharding, may_alias=False) if copy else leaf
@@ -161,18 +170,39 @@ def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
         host = np.array(leaf, copy=True)
         if jax.process_count() == 1:
             return jax.device_put(host, sharding)
-        return jax.make_array_from_process_local_data(sharding, host)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(put, tree, _of_each_leaf(sharding, tree))
 
 
-def abstract(mesh: Mesh, tree: Any) -> Any:
-    """Shapes and dtypes of `tree` (arrays or `jax.eval_shape` results), each marked as replicated over `mesh`.
+def abstract(tree: Any, sharding: Any) -> Any:
+    """Shapes and dtypes of `tree` (arrays or `jax.eval_shape` results), each with its sharding, as `place` takes it.
 
     What a checkpoint is restored into: it says where the arrays go, whatever devices they were saved from.
     """
-    sharding = replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    each = _of_each_leaf(sharding, tree)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, each)
+
+
+def _of_each_leaf(sharding: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, NamedSharding) else sharding
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """The sharding of a training state whose optimiser state and averages are spread over the devices.
+
+    Of every tensor below a field of SPREAD the longest axis that divides over the devices is split; where none does,
+    and everywhere else, each device has the whole. The updates are the same: only who keeps what differs.
+    """
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        spread = any(getattr(key, "name", None) in SPREAD for key in path)
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % mesh.size == 0 and length]
+        if not spread or not axes:
+            return replicated(mesh)
+        return batch_sharding(mesh, max(axes, key=lambda axis: leaf.shape[axis]))
+
+    return jax.tree_util.tree_map_with_path(of, state)
 
 
 def per_device_flag(mesh: Mesh, flag: bool) -> jax.Array:
@@ -181,24 +211,33 @@ def per_device_flag(mesh: Mesh, flag: bool) -> jax.Array:
     return jax.make_array_from_process_local_data(batch_sharding(mesh), local)
 
 
-def assert_same(value: str, what: str) -> None:
+def assert_same(value: str, what: str, advice: str = "start all of them with the same command and files.") -> None:
     """Refuses to go on where processes hold different text: ProcessesDisagree naming `what`. No-op on a single one."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
-    gathered = multihost_utils.process_allgather(digest)
-    if not (gathered == gathered[0]).all():
+    with _shared():
+        gathered = np.asarray(multihost_utils.process_allgather(digest))
+    differing = [str(process) for process, row in enumerate(gathered) if (row != gathered[0]).any()]
+    if differing:
         raise ProcessesDisagree(
-            f"The processes of this run disagree on {what}: start all of them with the same command and files."
+            f"The processes of this run disagree on {what} (not as in process 0: {', '.join(differing)}): {advice}"
         )
 
 
 def fetch(tree: Any) -> Any:
     """The values of arrays on the host. Raises ProcessLost where a computation failed that several processes share."""
-    try:
+    with _shared():
         return jax.device_get(tree)
+
+
+@contextlib.contextmanager
+def _shared() -> Iterator[None]:
+    """Translates the failure of something that several processes do together."""
+    try:
+        yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

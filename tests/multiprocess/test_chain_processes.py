@@ -65,8 +65,8 @@ def test_processes_that_were_started_differently_say_so(tmp_path):
     for worker, (_, errors) in [(worker, worker.communicate(timeout=120)) for worker in workers]:
         assert worker.returncode == 1, errors
         assert ours(errors) == (
-            "Error: The processes of this run disagree on the config: start all of them with the same command and "
-            "files."
+            "Error: The processes of this run disagree on the config (not as in process : ): start all of them with "
+            "the same command and files."
         )
     assert not (tmp_path / "two").exists()
 

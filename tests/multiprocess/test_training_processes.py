@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import toy_training as toy
 
 TRAINING = Path(__file__).parents[1] / "training"
@@ -21,28 +22,35 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_stop_together_and_one_resumes(tmp_path):
-    """SIGTERM reaches process 1 alone; both stop after the same update, which a single process continues from."""
+def start(workdir: Path, count: int, devices: int, *options: str) -> list[subprocess.Popen[str]]:
+    """The toy in `count` processes of so many devices each."""
     environment = {
         **os.environ,
-        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": f"{TRAINING.parents[1]}:{os.environ.get('PYTHONPATH', '')}",
     }
-    port = free_port()
-    workers = [
+    port = str(free_port())
+    command = [sys.executable, str(TRAINING / "toy_training.py"), str(workdir), str(UPDATES), *options]
+    return [
         subprocess.Popen(
-            [
-                *(sys.executable, str(TRAINING / "toy_training.py"), str(tmp_path / "two"), str(UPDATES)),
-                *("--process", str(port), "2", str(index), "--signal_at", "1", "11"),
-            ],
+            [*command, "--process", port, str(count), str(index)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
+        for index in range(count)
     ]
+
+
+def lines(workdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_stop_together_and_one_resumes(tmp_path):
+    """SIGTERM reaches process 1 alone; both stop after the same update, which a single process continues from."""
+    workers = start(tmp_path / "two", 2, 2, "--signal_at", "1", "11")
     outputs = [worker.communicate(timeout=120) for worker in workers]
     for worker, (_, errors) in zip(workers, outputs, strict=True):
         assert worker.returncode == 3, errors
@@ -56,9 +64,40 @@ def test_two_processes_stop_together_and_one_resumes(tmp_path):
     resumed = toy.train(tmp_path / "two", UPDATES)
     for name, value in toy.leaves(one).items():
         np.testing.assert_allclose(toy.leaves(resumed)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    lines = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert [line["step"] for line in lines[1]] == list(range(1, UPDATES + 1))  # written once, not once a process
-    np.testing.assert_allclose([line["loss"] for line in lines[1]], [line["loss"] for line in lines[0]], rtol=1e-5)
+    ours, theirs = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [line["step"] for line in theirs] == list(range(1, UPDATES + 1))  # written once, not once a process
+    np.testing.assert_allclose([line["loss"] for line in theirs], [line["loss"] for line in ours], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "options"), [(2, ["--shard"]), (4, [])])
+def test_any_number_of_processes_trains_alike(tmp_path, count, options):
+    workers = start(tmp_path / "many", count, 1, *options)
+    outputs = [worker.communicate(timeout=120) for worker in workers]
+    for worker, (_, errors) in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, errors
+    if options:
+        assert "one device holds 124 of 244 bytes" in outputs[0][0]
+    one = toy.train(tmp_path / "one", UPDATES)
+    many = toy.train(tmp_path / "many", UPDATES)  # finished: reads what they saved
+    for name, value in toy.leaves(one).items():
+        np.testing.assert_allclose(toy.leaves(many)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for ours, theirs in zip(lines(tmp_path / "one"), lines(tmp_path / "many"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "params",
+            "the parameters of stage toy after update 10 (not as in process 0: 1): they were not saved.",
+        ),
+        ("step", "the update that stage toy goes on from (not as in process 0: 1): the workdir that they see is not"),
+    ],
+)
+def test_processes_that_part_ways_save_nothing(tmp_path, what, message):
+    workers = start(tmp_path / "two", 2, 1, "--diverge", what)
+    for worker, (_, errors) in [(worker, worker.communicate(timeout=120)) for worker in workers]:
+        assert worker.returncode != 0
+        assert f"The processes of this run disagree on {message}" in errors
+    assert not any(path.name.isdigit() for path in (tmp_path / "two" / "toy").iterdir())

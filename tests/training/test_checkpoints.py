@@ -30,7 +30,7 @@ def state(step: int = 0, width: int = 3, ema: bool = True, clip: float = 1.0) ->
 
 
 def abstract(like: TrainState) -> TrainState:
-    return mesh.abstract(mesh.make_mesh(), like)
+    return mesh.abstract(like, mesh.replicated(mesh.make_mesh()))
 
 
 def equal(a: TrainState, b: TrainState) -> bool:
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_was_to_stay_is_never_removed_for_a_lost_mark(tmp_path
         for number in (1, 2, 3):
             checkpoints.save(state(number), {}, force=True)
     (tmp_path / str(step) / "_CHECKPOINT_METADATA").unlink()
-    missing = rf"/{step} cannot be read .*: its file _CHECKPOINT_METADATA is missing\. Move that directory away"
+    missing = rf"/{step} is damaged: its file _CHECKPOINT_METADATA is missing\. Move that directory away"
     with pytest.raises(CheckpointError, match=missing):
         StageCheckpoints(tmp_path, keep=keep, keep_every=keep_every)
     assert (tmp_path / str(step) / "params").is_dir()
@@ -138,7 +138,7 @@ def test_damaged_and_missing_checkpoints_are_named(tmp_path):
     for path in (tmp_path / "torn" / "7" / "params").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:10])
-    damaged = pytest.raises(CheckpointError, match="torn/7 cannot be read and seems damaged")
+    damaged = pytest.raises(CheckpointError, match="torn/7 is damaged: its file params/")
     with StageCheckpoints(tmp_path / "torn") as checkpoints, damaged:
         checkpoints.restore(abstract(state()))
 
@@ -162,11 +162,15 @@ def test_any_damaged_or_missing_file_is_named_before_anything_is_read(tmp_path):
             (damaged / name).unlink()
         with (
             StageCheckpoints(damaged.parent, read_only=True) as checkpoints,
-            pytest.raises(
-                CheckpointError, match=rf"{number}/7 cannot be read .*: its file {name} .*Move that directory"
-            ),
+            pytest.raises(CheckpointError, match=rf"{number}/7 is damaged: its file {name} .*Move that directory"),
         ):
             checkpoints.restore(abstract(state()))
+    (whole / "checksums.json").unlink()
+    (whole / "checksums.json").mkdir()  # there, but not to be read: of the file system, not of the checkpoint
+    unreadable = pytest.raises(CheckpointError, match=r"7 cannot be read: .*Is a directory.*If the disk or the network")
+    with StageCheckpoints(whole.parent, read_only=True) as checkpoints, unreadable:
+        checkpoints.restore_params(abstract(state()).params)
+    (whole / "checksums.json").rmdir()
     (whole / "checksums.json").write_text("{")
     with (
         StageCheckpoints(whole.parent, read_only=True) as checkpoints,

@@ -120,7 +120,7 @@ def test_a_non_finite_loss_is_located(tmp_path):
     ):
         toy.train(tmp_path, UPDATES, read=read)
     with StageCheckpoints(tmp_path / "toy", read_only=True) as checkpoints:
-        kept, _ = checkpoints.restore(mesh.abstract(mesh.make_mesh(), toy.init()))
+        kept, _ = checkpoints.restore(mesh.abstract(toy.init(), mesh.replicated(mesh.make_mesh())))
     assert int(kept.step) == 10
     assert all(np.isfinite(leaf).all() for leaf in toy.leaves(kept).values())
 
@@ -191,7 +191,8 @@ def test_metrics_are_fetched_late_and_few_calls_are_in_flight(tmp_path):
         log.append(f"call {call}")
         return state.replace(step=state.step + 1), {"loss": _Late(call, log)}, np.int32(0)
 
-    compiled = loop.CompiledStep(function=function, mesh=mesh.make_mesh(), updates_per_call=1)
+    devices = mesh.make_mesh()
+    compiled = loop.CompiledStep(function, devices, updates_per_call=1, state_sharding=mesh.replicated(devices))
     toy.train(tmp_path, 5, compiled=compiled, save_every=0)
     assert log == [
         "call 0", "call 1", "call 2", "fetch 0", "call 3", "fetch 1", "call 4", "fetch 2", "fetch 3", "fetch 4",

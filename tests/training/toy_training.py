@@ -62,9 +62,11 @@ def batch(index: int, start: int = 0, stop: int = BATCH) -> dict[str, np.ndarray
 
 
 @functools.cache
-def compile_once(updates_per_call: int) -> loop.CompiledStep:
-    """The compiled step, shared by all runs of this process."""
-    return loop.compile_step(step, mesh.make_mesh(), updates_per_call)
+def compile_once(updates_per_call: int, shard: bool = False) -> loop.CompiledStep:
+    """The compiled step, shared by all runs of this process. shard: spread optimiser state and average over devices."""
+    devices = mesh.make_mesh()
+    spread = mesh.state_sharding(devices, jax.eval_shape(init)) if shard else None
+    return loop.compile_step(step, devices, updates_per_call, spread)
 
 
 def train(
@@ -79,13 +81,14 @@ def train(
     log_every: int = 1,
     read: Any = batch,
     frozen: Any = None,
+    start: Any = init,
     **options: Any,
 ) -> TrainState:
     """Start or resume the stage in `workdir` and train it to `num_updates`."""
     compiled = compiled or compile_once(updates_per_call)
     devices = compiled.mesh
     with StageCheckpoints(Path(workdir) / stage, save_every, keep) as checkpoints:
-        state, meta = loop.resume_or_start(checkpoints, devices, init)
+        state, meta = loop.resume_or_start(checkpoints, compiled, start)
         writer = MetricWriter(workdir, stage, int(state.step), tensorboard=False)
         try:
             return loop.fit(
@@ -128,6 +131,8 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds a batch takes to read")
     parser.add_argument("--save_every", type=int, default=10)
     parser.add_argument("--process", type=int, nargs=3, metavar=("PORT", "COUNT", "ID"))
+    parser.add_argument("--shard", action="store_true", help="spread optimiser state and average over the devices")
+    parser.add_argument("--diverge", choices=["params", "step"], help="in what the processes differ from the beginning")
     parser.add_argument("--signal_at", type=int, nargs=2, default=[-1, -1], metavar=("PROCESS", "BATCH"))
     args = parser.parse_args()
     if args.process:
@@ -142,17 +147,28 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(index, start, stop)
 
+    def diverged() -> TrainState:
+        state, other = init(), float(args.diverge == "params" and jax.process_index())
+        params = jax.tree.map(lambda leaf: leaf + other, state.params)
+        return state.replace(step=state.step + int(args.diverge == "step" and jax.process_index()), params=params)
+
     with interrupts.catch_signals() as stop_request:
         print("ready", flush=True)
         try:
-            train(
+            state = train(
                 args.workdir,
                 args.num_updates,
                 stage=args.stage,
                 save_every=args.save_every,
                 read=read,
                 interrupt=stop_request,
+                start=diverged,
+                compiled=compile_once(3, args.shard),
             )
+            if args.shard:
+                held = jax.tree.leaves((state.optimizer, state.ema))
+                here = sum(leaf.addressable_shards[0].data.nbytes for leaf in held)
+                print(f"one device holds {here} of {sum(leaf.nbytes for leaf in held)} bytes", flush=True)
         except loop.Interrupted as stopped:
             print(f"interrupted after {stopped.update}", flush=True)
             interrupted = 3
