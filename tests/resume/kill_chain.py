@@ -16,34 +16,48 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 240.0
+PATIENCE = 120.0
 CHAINS = {
     "digits": ("configs/digits.py:smoke", ("teacher", "guided", "progressive")),
     "disback": ("configs/disback.py:digits-smoke", ("teacher", "disback")),  # and the four updates of its path
 }
 
 
-def start(workdir: Path, updates: int, chain: str) -> subprocess.Popen[str]:
+def start(
+    workdir: Path, updates: int, chain: str, *, program: str = "main.py", environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """One of CHAINS in a process of its own: `updates` updates a stage, a checkpoint every fourth."""
     config, stages = CHAINS[chain]
-    command = [sys.executable, "main.py", "--mode=train", f"--config={config}", f"--workdir={workdir}"]
+    command = [sys.executable, program, "--mode=train", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.{stage}.num_updates={updates}" for stage in stages]
-    command += ["--config.training.save_every=4"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command += ["--config.training.save_every=4", "--config.training.keep=2"]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONFAULTHANDLER": "1", **(environment or {})},  # SIGABRT shows where it hangs
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def committed(workdir: Path) -> dict[str, list[int]]:
+    """The numbers of the complete checkpoints by stage, in ascending order."""
+    found: dict[str, list[int]] = {}
+    for path in workdir.glob("*/*"):
+        if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").exists():
+            found.setdefault(path.parent.name, []).append(int(path.name))
+    return {stage: sorted(steps) for stage, steps in found.items()}
 
 
 def saved(workdir: Path) -> int:
     """Updates in complete checkpoints, all stages together."""
-    newest: dict[Path, int] = {}
-    for path in workdir.glob("*/*"):
-        if path.name.isdigit() and (path / "_CHECKPOINT_METADATA").exists():
-            newest[path.parent] = max(newest.get(path.parent, 0), int(path.name))
-    return sum(newest.values())
+    return sum(steps[-1] for steps in committed(workdir).values())
 
 
 def saving(workdir: Path) -> bool:
@@ -58,10 +72,19 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], bool]) -> bool:
         if process.poll() is not None:
             return False
         if time.monotonic() > deadline:
-            process.kill()
-            raise TimeoutError("the chain does not get on")
+            process.send_signal(signal.SIGABRT)
+            raise AssertionError(f"the chain does not get on: {process.communicate()[1]}")
         time.sleep(0.001)
     return True
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """Waits for the end of a process; what it wrote to its standard error. AssertionError where it hangs."""
+    try:
+        return process.communicate(timeout=PATIENCE)[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        raise AssertionError(f"the chain does not end: {process.communicate()[1]}") from None
 
 
 def cut(
@@ -89,7 +112,7 @@ def cut(
             time.sleep(chance.uniform(0.0, 0.3))
         during = saving(workdir)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=PATIENCE)
+        errors = end(process)
         lines.append(
             f"{number.name} at {saved(workdir)} of {total} saved updates (start at {before})"
             f"{', during a save' if during else ''}: exit code {process.returncode}"
@@ -103,7 +126,7 @@ def cut(
             assert process.returncode == 143, errors
             assert "Start the same command again to continue" in errors, errors
     process = start(workdir, updates, chain)
-    _, errors = process.communicate(timeout=PATIENCE)
+    errors = end(process)
     assert process.returncode == 0, errors
     assert saved(workdir) == total
     assert not saving(workdir)
@@ -113,7 +136,7 @@ def cut(
 def whole(workdir: Path, updates: int, chain: str = "digits") -> int:
     """Runs the chain without any trouble; returns its updates, all stages together."""
     process = start(workdir, updates, chain)
-    _, errors = process.communicate(timeout=PATIENCE)
+    errors = end(process)
     assert process.returncode == 0, errors
     return saved(workdir)
 
