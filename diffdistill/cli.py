@@ -16,9 +16,10 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from diffdistill import compilation
 from diffdistill.command_flags import parse
 from diffdistill.modes import MODES, import_file
-from diffdistill.terminal import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, fail, stopped
+from diffdistill.terminal import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, fail, say, stopped
 
 FLAGS = flags.FLAGS
 
@@ -26,6 +27,7 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Runs the program and exits with one of the documented codes."""
     quiet()
+    compilation.use_cache()
     try:
         app.run(_main, flags_parser=parse)
     except SystemExit as end:
@@ -95,8 +97,11 @@ def _main(arguments: list[str]) -> None:
     interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics", "tune-variance", "trajectory")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
+            compilation.count()
             mode = functools.partial(import_file, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
             mode(interrupt)
+            if FLAGS.mode in ("run", "train", "evaluate", "benchmark") and compilation.counted():
+                say(compilation.counted())
         except (Interrupted, EvaluationInterrupted) as stop:
             stopped(str(stop))
             sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)

@@ -56,9 +56,7 @@ def import_model(
     facts = DataFacts(model.image_shape, model.num_classes)
     stage = chain.plan(config)[0]
     denoiser = chain.denoiser_of(config, stage, facts)
-    if jax.tree.map(jnp.shape, jax.eval_shape(denoiser.init, jax.random.key(0))) != jax.tree.map(
-        jnp.shape, model.params
-    ):
+    if jax.tree.map(jnp.shape, denoiser.shapes()) != jax.tree.map(jnp.shape, model.params):
         raise WeightsError(f"{path} holds a network that no config describes; please report it.")
     opened = workdir.create(folder, config, facts, None, write=meshes.is_main())
     with StageCheckpoints(opened.stage(stage.name)) as checkpoints:

@@ -87,7 +87,7 @@ def _tensors(config: Config, stage: Stage, facts: DataFacts) -> str:
     """Every tensor of a stage's network with its shape."""
     from clu import parameter_overview
 
-    shapes = jax.eval_shape(chain.denoiser_of(config, stage, facts).init, jax.random.key(0))
+    shapes = chain.denoiser_of(config, stage, facts).shapes()
     return parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=None)
 
 
@@ -124,7 +124,7 @@ def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> floa
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
     return _counted(
         evaluate,
-        jax.eval_shape(denoiser.init, jax.random.key(0)),
+        denoiser.shapes(),
         jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32),
         one,
         jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -160,7 +160,7 @@ def _abstract(config: Config, method: Any, facts: DataFacts) -> tuple[Any, Any]:
     for stage in stages:
         if chain.method_of(config, stage, facts) is method:
             before = next((each for each in stages if each.name == stage.teacher), stage)
-            params = jax.eval_shape(chain.denoiser_of(config, before, facts).init, key)
+            params = chain.denoiser_of(config, before, facts).shapes()
             starts, frozen = roles(stage)
             state = jax.eval_shape(method.init, key, dict.fromkeys(starts, params))
             return state, dict.fromkeys(frozen, params)

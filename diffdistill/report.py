@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,15 +14,19 @@ from typing import Any
 import numpy as np
 
 from diffdistill import chain, plan, runner
+from diffdistill.config import to_dict
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
 from diffdistill.evaluate import RESULTS, samples_path
-from diffdistill.evaluation import images, results, tables
+from diffdistill.evaluation import images, program, results, tables
+from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.report import write_report as write_page
+from diffdistill.training import mesh as meshes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.transfer_files import record_path
 from diffdistill.workdir import Workdir
 
+FLOPS = "evaluation/flops.json"
 _GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)(?:_(?P<sampler>.+))?\.png")
 
 
@@ -95,15 +102,31 @@ def _first_of_each_class(labels: np.ndarray, num_classes: int, count: int = 2) -
 
 def stage_costs(folder: Workdir) -> Iterator[dict[str, Any]]:
     """Updates, FLOPs and wall time (compilation included) of every finished stage, in order."""
+    flops = _flops(folder)
     for stage in runner.finished(folder):
         meta = StageCheckpoints(folder.stage(stage.name), read_only=True).meta()
-        flops = plan.flops_per_update(folder.config, stage, folder.facts)
         yield {
             "stage": stage.name,
             "updates": stage.num_updates,
-            "flops": flops * stage.num_updates,
+            "flops": flops[stage.name] * stage.num_updates,
             "wall_seconds": meta.get("seconds"),
         }
+
+
+def _flops(folder: Workdir) -> dict[str, float]:
+    """FLOPs of an update by stage. Counting traces every program: what was counted once is kept beside the results."""
+    file, stages = folder.path / FLOPS, chain.plan(folder.config)
+    counted = json.dumps([to_dict(folder.config), dataclasses.asdict(folder.facts), program.versions()], sort_keys=True)
+    key = hashlib.sha256(counted.encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["of"] == key and kept["flops_per_update"].keys() == {stage.name for stage in stages}:
+            return kept["flops_per_update"]
+    found = {stage.name: plan.flops_per_update(folder.config, stage, folder.facts) for stage in stages}
+    if meshes.is_main():
+        text = json.dumps({"of": key, "flops_per_update": found}, indent=1)
+        write_atomically(file, lambda stream: stream.write(text.encode()))
+    return found
 
 
 def _losses(folder: Workdir) -> Iterator[dict[str, Any]]:

@@ -87,7 +87,7 @@ def prepare(config: Config, path: str) -> Run:
     for stage in stages:
         try:
             meshes.process_slice(stage.settings.batch_size // stage.settings.parts)
-            jax.eval_shape(chain.denoiser_of(config, stage, facts).init, jax.random.key(0))
+            chain.denoiser_of(config, stage, facts).shapes()
             chain.updater_of(stage)
         except ValueError as error:
             raise ConfigError(f"Stage {stage.name} cannot be built: {error}") from error
@@ -130,7 +130,7 @@ def read_params(folder: Workdir, stage: Stage, mesh: Mesh, update: int = 0, aver
       CheckpointError: no complete checkpoint, or one of another network.
     """
     denoiser = chain.denoiser_of(folder.config, stage, folder.facts)
-    like = meshes.abstract(jax.eval_shape(denoiser.init, jax.random.key(0)), meshes.replicated(mesh))
+    like = meshes.abstract(denoiser.shapes(), meshes.replicated(mesh))
     return StageCheckpoints(folder.stage(stage.name), read_only=True).restore_params(
         like, step=update or None, average=average
     )

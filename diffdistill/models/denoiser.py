@@ -1,5 +1,6 @@
 """The Denoiser: a network and a parameterisation as one function D(params, z, log_snr, condition) -> x_hat."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,8 +134,11 @@ class Denoiser:
 
     def num_parameters(self) -> int:
         """Number of scalars in the parameters; nothing is allocated."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes()))
+
+    def shapes(self) -> Params:
+        """Shapes and dtypes of the parameters, as `jax.eval_shape` of `init` gives them; nothing is allocated."""
+        return _shapes(self)
 
     def __call__(
         self,
@@ -302,3 +306,9 @@ def transfer(params_from: Params, params_into: Params, fresh: tuple[str, ...] = 
         if name not in source and not name.startswith(fresh):
             raise ValueError(f"the new network has the tensor {name} {leaf.shape}, which the source lacks.{_ADVICE}")
     return flax.traverse_util.unflatten_dict({**target, **source}, sep="/")
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(denoiser: Denoiser) -> Params:
+    """Tracing a large network takes seconds, and the stages of a chain have one or two networks in common."""
+    return jax.eval_shape(denoiser.init, jax.random.key(0))
