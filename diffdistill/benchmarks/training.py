@@ -72,6 +72,7 @@ def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Me
     return {
         "batch_size": size,
         "parts": stage.settings.parts,
+        "parameters": chain.denoiser_of(config, stage, facts).num_parameters(),
         "updates_per_call": count,
         "images_per_second": rate * size,
         "seconds": 1 / rate,
