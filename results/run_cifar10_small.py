@@ -2,7 +2,8 @@
 
     python results/run_cifar10_small.py --data=cifar10_jpeg.tar.xz --workdir=runs/cifar10_small --seconds=1500
 
-The rate of the teacher is measured first, and the budget that is given to the config is what fits into the time here.
+First teacher, guided student and chain to one step, then the EDM teacher and DisBack (--parts=chain,edm). The rate of
+the teacher is measured at the beginning, and the budget that is given to the config is what fits into the time here.
 Training that takes longer is stopped in time to evaluate what is finished; stopped itself by SIGTERM, the script still
 collects. Its own process touches no accelerator.
 """
@@ -71,6 +72,10 @@ def stop(process: subprocess.Popen) -> int:
         return process.wait()
 
 
+PARTS = {"chain": ("", 0.6), "edm": ("edm-", 0.4)}  # variants of the config, and their shares of the time
+STAGES = {"chain": ("guided.num_updates", "progressive.num_updates", "progressive.final_num_updates")}
+
+
 def budget(training: float, rate: float) -> float:
     """Minutes of the config whose stages train so many seconds where the teacher makes `rate` images a second."""
     return (cifar10_small.OVERHEAD + max(training, 5.0) * rate / cifar10_small.REFERENCE_RATE) / 60
@@ -97,16 +102,25 @@ def work(options: argparse.Namespace, log: Path) -> None:
     config = f"--config={ROOT / 'configs' / 'cifar10_small.py'}:"
     benchmark = ["--mode=benchmark", "--dtypes=bfloat16", "--benchmark_seconds=5", f"--out={rates}"]
     finish(program(log, *benchmark, f"{config}6-minutes{suffix}", *flags), 0.4 * options.seconds)
-    training = end - time.monotonic() - options.evaluation - STARTING
-    minutes = budget(MARGIN * training, measured_rate(rates))
-    print(f"teacher: {measured_rate(rates):.0f} images/s; budget {minutes:.2f} minutes", flush=True)
+    print(f"teacher: {measured_rate(rates):.0f} images/s", flush=True)
+    for index, part in enumerate(options.parts):
+        shares = [PARTS[each][1] for each in options.parts[index:]]
+        seconds = (end - time.monotonic()) * shares[0] / sum(shares)
+        work_on(part, time.monotonic() + seconds, config, suffix, flags, options, log)
 
-    flags = [f"{config}{minutes:.2f}-minutes{suffix}", *flags]
-    run = f"--workdir={options.workdir / 'run'}"
+
+def work_on(
+    part: str, end: float, config: str, suffix: str, flags: list[str], options: argparse.Namespace, log: Path
+) -> None:
+    """Training and evaluation of a part until `end`."""
+    training = end - time.monotonic() - options.evaluation - STARTING
+    minutes = budget(MARGIN * training, measured_rate(options.workdir / "benchmark.jsonl"))
+    print(f"{part}: budget {minutes:.2f} minutes", flush=True)
+    flags = [f"{config}{PARTS[part][0]}{minutes:.2f}-minutes{suffix}", *flags]
+    run = f"--workdir={options.workdir / part}"
     ahead = None
-    if options.ahead:
-        tiny = [f"--config.{stage}=10" for stage in ("teacher.num_updates", "guided.num_updates")]
-        tiny += [f"--config.progressive.{name}=10" for name in ("num_updates", "final_num_updates")]
+    if options.ahead and part in STAGES:
+        tiny = [f"--config.{field}=10" for field in ("teacher.num_updates", *STAGES[part])]
         tiny += ["--config.evaluation.num_samples=1000", "--config.evaluation.num_steps=1"]
         scratch = f"--workdir={options.workdir / 'ahead'}"
         ahead = program(options.workdir / "ahead.log", "--mode=run", scratch, *flags, *tiny, memory=0.25)
@@ -117,21 +131,27 @@ def work(options: argparse.Namespace, log: Path) -> None:
         if ahead is not None and ahead.poll() is None:
             stop(ahead)
     finish(program(log, "--mode=evaluate", run, *flags), end - STOPPING - time.monotonic())
+    if part == "edm":  # the generator along its training, if there is time
+        finish(program(log, "--mode=trajectory", run), end - STOPPING - time.monotonic())
 
 
 def collect(options: argparse.Namespace) -> None:
     """Copies what is there; a report that an interrupted evaluation did not write is written now."""
-    run = options.workdir / "run"
-    if (run / "config.json").exists() and not (run / "report.html").exists():
-        folder = workdir.read(run)
-        report.save_overview(folder, in_memory(runner.open_data(folder.config)[0]))
-        print(report.write_report(folder, [])[0])
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in COLLECTED:
-        if (run / name).is_dir():
-            shutil.copytree(run / name, options.out / name, dirs_exist_ok=True)
-        elif (run / name).exists():
-            shutil.copy(run / name, options.out)
+    for part in options.parts:
+        run, out = options.workdir / part, options.out / part
+        if not (run / "config.json").exists():
+            continue
+        if not (run / "report.html").exists():
+            folder = workdir.read(run)
+            report.save_overview(folder, in_memory(runner.open_data(folder.config)[0]))
+            print(report.write_report(folder, [])[0])
+        out.mkdir(exist_ok=True)
+        for name in COLLECTED:
+            if (run / name).is_dir():
+                shutil.copytree(run / name, out / name, dirs_exist_ok=True)
+            elif (run / name).exists():
+                shutil.copy(run / name, out)
     for path in options.workdir.glob("*.*"):
         if path.suffix in (".log", ".jsonl"):
             shutil.copy(path, options.out)
@@ -145,6 +165,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500.0, help="for all of it")
     parser.add_argument("--evaluation", type=float, default=90.0, help="seconds that training must leave")
     parser.add_argument("--ahead", action="store_true", help="compile the later stages while the teacher trains")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help="some of chain,edm")
     parser.add_argument("--smoke", action="store_true", help="the config's smoke variant, on the digits")
     parser.add_argument("flags", nargs="*", help="further flags of main.py, after --")
     options = parser.parse_args()

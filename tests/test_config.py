@@ -182,7 +182,7 @@ def test_a_plan_without_guidance_halves_the_teacher_itself():
 ROWS = {
     "digits": [f"{row}-smoke".removeprefix("-") if smoke else row for row in digits.VARIANTS for smoke in (0, 1)],
     "fashion_mnist": ["", "smoke"],
-    "cifar10_small": ["", "6-minutes", "2.5-minutes", "6-minutes-smoke"],
+    "cifar10_small": ["", "6-minutes", "2.5-minutes", "6-minutes-smoke", "edm-6-minutes", "edm-6-minutes-smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
     "disback": [f"{row}{variant}" for row in disback.ROWS for variant in disback.VARIANTS],
@@ -223,8 +223,22 @@ def test_cifar10_small_fills_its_minutes():
         seconds = sum(images) / cifar10_small.REFERENCE_RATE
         assert seconds == pytest.approx(60 * minutes - cifar10_small.OVERHEAD, rel=0.02)
         assert images[0] / sum(images) == pytest.approx(cifar10_small.TEACHER_SHARE, rel=0.02)
+        assert settings.name == f"cifar10_small-{minutes}-minutes"
     with pytest.raises(ValueError, match="more than 2 minutes"):
         cifar10_small.get_config("2-minutes")
+
+
+def test_cifar10_small_fills_its_minutes_with_disback_too():
+    settings = cifar10_small.get_config("edm-10-minutes")
+    stages = chain.plan(resolve(settings))
+    assert [stage.method for stage in stages] == ["teacher", "degradation", "disback"]
+    cost = {"teacher": 1.0, "degradation": cifar10_small.PATH_COST, "disback": cifar10_small.DISBACK_COST}
+    images = [stage.num_updates * stage.settings.batch_size * cost[stage.method] for stage in stages]
+    seconds = [count / cifar10_small.REFERENCE_RATE for count in images]
+    assert sum(seconds) == pytest.approx(600 - cifar10_small.OVERHEAD, rel=0.02)
+    assert seconds[0] / sum(seconds) == pytest.approx(cifar10_small.EDM_TEACHER_SHARE, rel=0.02)
+    walked = settings.disback.path * settings.disback.leg  # updates before the teacher itself is the target
+    assert walked == pytest.approx(settings.disback.num_updates / 2, rel=0.1)
 
 
 CIFAR10, IMAGENET64, LSUN128 = ((32, 32, 3), 10), ((64, 64, 3), 1000), ((128, 128, 3), 0)
