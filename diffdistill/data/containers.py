@@ -130,9 +130,10 @@ def _folder(root: Path) -> Container:
 
 def _zip(path: Path) -> Container:
     archive = zipfile.ZipFile(path)  # locks its file by itself: safe from several threads
-    entries = {_inside(path, entry.filename): entry for entry in archive.infolist() if not entry.is_dir()}
+    listed = [entry for entry in archive.infolist() if entry.filename]  # one without a name is damage
+    entries = {_inside(path, entry.filename): entry for entry in listed if not entry.is_dir()}
     sizes = {name: entry.file_size for name, entry in entries.items()}
-    folders = {_inside(path, entry.filename) for entry in archive.infolist() if entry.is_dir()}
+    folders = {_inside(path, entry.filename) for entry in listed if entry.is_dir()}
 
     def opener(name: str) -> BinaryIO:
         entry = entries[name]

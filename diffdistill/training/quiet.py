@@ -30,7 +30,9 @@ class _NotForgotten(logging.Filter):
     """Keeps asyncio from listing the other writes that failed with the one we report."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "orbax-checkpoint-tmp" not in record.getMessage()
+        message, error = record.getMessage(), record.exc_info[1] if record.exc_info else None
+        forgotten = "was never retrieved" in message and isinstance(error, OSError)
+        return "orbax-checkpoint-tmp" not in message and not forgotten
 
 
 class _NotClosedLoops:

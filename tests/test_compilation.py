@@ -1,0 +1,49 @@
+"""Compiled programs are kept on disk, where the user or the custom of the system says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffdistill import compilation
+
+PROGRAM = """
+from diffdistill import compilation
+compilation.use_cache()
+import jax, jax.numpy as jnp
+compilation.count()
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((4, 4))).block_until_ready()
+print(compilation.counted())
+"""
+
+
+def run(**environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = {**kept, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    first, second = run(XDG_CACHE_HOME=str(tmp_path)), run(XDG_CACHE_HOME=str(tmp_path))
+    assert first.startswith(f"Compiled programs: 0 from {tmp_path}/diffdistill/programs-")
+    assert not first.endswith(", 0 new.")
+    assert not second.startswith("Compiled programs: 0 from")
+    assert second.endswith(", 0 new.")
+
+
+@pytest.mark.parametrize("folder", ["elsewhere", ""])
+def test_the_user_may_say_where_and_whether(tmp_path, folder):
+    said = run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / folder) if folder else "")
+    assert not (tmp_path / "diffdistill").exists()
+    if folder:
+        assert str(tmp_path / folder) in said
+    else:
+        assert said == ""
+
+
+def test_the_name_of_a_processor_stays():
+    assert compilation._processor() == compilation._processor()
