@@ -31,7 +31,8 @@ def main() -> None:
     try:
         app.run(_main, flags_parser=parse)
     except SystemExit as end:
-        if end.code in (EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE) and _is_one_of_several():
+        # After a write that failed Orbax's threads wait for each other, and so would the usual end (up to 10 minutes).
+        if end.code in (EXIT_FAILED, EXIT_NOT_FINITE) or (end.code == EXIT_USAGE and _is_one_of_several()):
             _leave(end.code)
         raise
     except Exception:
@@ -52,7 +53,7 @@ def _is_one_of_several() -> bool:
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process at once: the usual end waits for the others of the job, who may be waiting for this one."""
+    """Ends this process at once: the usual end waits for threads, and for the others of a job, who may wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
