@@ -49,7 +49,7 @@ def import_model(
       WorkdirError: the folder holds another run or cannot be written.
       CheckpointError: the disk is full.
     """
-    if any(Path(folder).glob("*/*/_CHECKPOINT_METADATA")):
+    if workdir.has_checkpoints(Path(folder)):
         raise workdir.WorkdirError(f"{folder} holds a run already; choose another --workdir for the imported model.")
     model = import_weights(source, path, **options)
     config = _config(model, Path(path).stem)

@@ -14,6 +14,7 @@ from diffdistill import config as configs
 from diffdistill import fields
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
+from diffdistill.data.remote import is_remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
 
@@ -73,6 +74,11 @@ def create(
     Raises:
       WorkdirError: the folder cannot be written, or holds a run of another config or of other data.
     """
+    if is_remote(path):
+        raise WorkdirError(
+            f"The workdir {path} is an address, but runs are written to a file system: mount the bucket (gcsfuse, "
+            "s3fs, mountpoint-s3) and give the path. Data may be given by address."
+        )
     folder = Path(os.path.abspath(path))
     record = {
         "config": configs.to_dict(config),
@@ -81,7 +87,7 @@ def create(
     file = folder / "config.json"
     starts: list[dict[str, Any]] = []
     imported = fingerprint is None
-    trained = folder.is_dir() and any(folder.glob("*/*/_CHECKPOINT_METADATA"))
+    trained = has_checkpoints(folder)
     if trained and file.exists():
         _check_same(file, record)
         before = _load(file)
@@ -128,6 +134,11 @@ def read(path: str | os.PathLike[str]) -> Workdir:
         raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
 
 
+def has_checkpoints(folder: Path, stage: str = "*") -> bool:
+    """Whether there are any, damaged or not, of the stages that match a pattern."""
+    return any(path.name.isdigit() for path in folder.glob(f"{stage}/*"))
+
+
 def _load(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -168,7 +179,5 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
 def _not_begun(folder: Path) -> list[str]:
     """The groups of the config whose stages have no checkpoint."""
     return [
-        name
-        for name, patterns in _LATER.items()
-        if not any(any(folder.glob(f"{pattern}/*/_CHECKPOINT_METADATA")) for pattern in patterns)
+        name for name, patterns in _LATER.items() if not any(has_checkpoints(folder, pattern) for pattern in patterns)
     ]

@@ -121,3 +121,15 @@ def test_a_damaged_or_missing_record_is_refused(copied):
         workdir.read(copied)
     with pytest.raises(WorkdirError, match=r"checkpoints but no config\.json"):
         runner.prepare(smoke(), str(copied))
+
+
+def test_an_address_is_no_workdir(smoke_run):
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*mount the bucket"):
+        workdir.create("gs://bucket/run", smoke_run.run.config, smoke_run.run.facts, None, write=True)
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_keeps_its_record(tmp_path, smoke_run):
+    """It is refused by its stage; until then it counts as begun."""
+    (tmp_path / "teacher" / "3").mkdir(parents=True)  # without Orbax's mark
+    with pytest.raises(WorkdirError, match=r"checkpoints but no config\.json"):
+        workdir.create(tmp_path, smoke_run.run.config, smoke_run.run.facts, None, write=True)

@@ -22,7 +22,14 @@ class DataError(ValueError):
 
 
 def existing(path: str | Path) -> Path:
-    """Returns the path if something is there. Raises DataError that names the nearest parent that exists."""
+    """Returns the path if something is there, of an address such as gs://bucket/folder that of its copy (remote.py).
+
+    Raises DataError that names the nearest parent that exists.
+    """
+    from diffdistill.data import remote  # stands on this module
+
+    if remote.is_remote(path):
+        return remote.local(str(path))
     path = Path(path).expanduser()
     try:
         if path.exists():

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffdistill.data.contract import DataError, Source
+from diffdistill.data.contract import DataError, Source, existing
 from diffdistill.data.pixels import encoded_source
+from diffdistill.data.remote import is_remote
 
 _WITHOUT_CLASSES = ("all",)
 
@@ -30,7 +31,7 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
     """
     import tensorflow_datasets as tfds
 
-    folder = Path(path).expanduser()
+    folder = existing(path) if is_remote(path) else Path(path).expanduser()
     data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself looks at it only while it is imported
     if (folder / "dataset_info.json").exists():
         builder = _tried(lambda: tfds.builder_from_directory(folder), path)

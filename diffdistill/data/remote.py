@@ -1,0 +1,115 @@
+"""Data in an object store or on a web server (gs://, s3://, az://, https://, ...), brought to this machine once.
+
+fsspec finds the files; gs:// needs the package gcsfs, s3:// s3fs, az:// adlfs, with their usual credentials. Every host
+keeps a copy of its own below ~/.cache/diffdistill/data (or $XDG_CACHE_HOME). A file whose size and tag in the store
+have not changed is not fetched again; one that was cut short is.
+"""
+
+import hashlib
+import json
+import os
+import posixpath
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffdistill.data.contract import DataError
+from diffdistill.data.parallel import for_each
+
+_LISTING = ".listing.json"
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+_TAGS = ("etag", "ETag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "created")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names something that is not on this machine's disks: gs://bucket/folder."""
+    return "://" in str(path)
+
+
+def local(url: str) -> Path:
+    """The copy on this machine of a file, or of a folder with all that lies below it.
+
+    Raises:
+      DataError: a kind of address that is not known or lacks its package, nothing there, no access, a full disk.
+    """
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        files, root = fsspec.core.url_to_fs(url)
+        found = _listing(files, root)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(scheme)
+        advice = (
+            f"install it with: pip install {package}" if package else "give a path, or an address that fsspec knows"
+        )
+        raise DataError(f"{url} cannot be opened ({error}); {advice}") from error
+    except Exception as error:  # every store has its own errors
+        raise DataError(
+            f"{url} cannot be listed ({error}); check the address, the network and the credentials"
+        ) from error
+    if not found:
+        raise DataError(f"{url} does not exist, or is empty; check the address")
+    name = posixpath.basename(root.rstrip("/")) or "data"
+    target = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    try:
+        _fetch(files, root, found, target, url)
+    except OSError as error:
+        raise DataError(f"{url} cannot be copied to {target} ({error}); make room, and start again") from error
+    return target
+
+
+def _listing(files: Any, root: str) -> dict[str, list[Any]]:
+    """Size and tags by path below `root`; "" is `root` itself, a file."""
+    if not files.exists(root):
+        return {}
+    if files.isfile(root):
+        return {"": _facts(files.info(root))}
+    found = {}
+    for path, info in files.find(root, detail=True).items():
+        name = posixpath.relpath(path, root)
+        if name.startswith("../") or posixpath.isabs(name):
+            raise ValueError(f"it lists {path}, which is not below {root}")
+        found[name] = _facts(info)
+    return found
+
+
+def _facts(info: Mapping[str, Any]) -> list[Any]:
+    return [info.get("size"), *(str(info[tag]) for tag in _TAGS if tag in info)]
+
+
+def _fetch(files: Any, root: str, found: dict[str, list[Any]], target: Path, url: str) -> None:
+    """Fetches what is not there as it is listed, and removes what is no longer listed."""
+    listing = target.parent / _LISTING
+    try:
+        before = json.loads(listing.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for name in before.keys() - found.keys():
+        (target / name).unlink(missing_ok=True)
+    changed = [name for name, facts in found.items() if before.get(name) != facts or not (target / name).exists()]
+    kept = {name: facts for name, facts in before.items() if name in found and name not in changed}
+    listing.write_text(json.dumps(kept), encoding="utf-8")
+
+    def get(number: int) -> None:
+        name = changed[number]
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")  # several processes of a host may fetch the same
+        try:
+            files.get_file(posixpath.join(root, name) if name else root, str(part))
+            os.replace(part, file)
+        except OSError:
+            raise
+        except Exception as error:  # every store has its own errors
+            raise OSError(f"{name or url}: {error}") from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    for_each(get, len(changed), f"fetching {url}")
+    listing.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffdistill" / "data"
