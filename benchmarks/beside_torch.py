@@ -45,7 +45,7 @@ def in_jax(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if options.small and channels:
             command.append(f"--config.model.channels={channels}")
             command.append(f"--config.model.embedding={4 * channels}")
-        lines(command, "cpu" if options.device == "cpu" else "cuda")
+        lines(command, "cpu" if options.device == "cpu" else "cuda,cpu")
         record = json.loads(out.read_text())
     return {**record, "network": name, "framework": f"jax {record['jax']}"}
 

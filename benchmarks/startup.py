@@ -77,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--brief", action="store_true", help="do not run it to its end")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
     flags = ["--config=configs/digits.py:smoke" if options.small else f"--config={options.config}"]
@@ -102,8 +103,9 @@ def main() -> None:
 
         note("first update, programs from the cache", first_update(cache, run, *flags, until=saved))
         note("first update after a resume", first_update(cache, run, *flags))
-        note("the whole run", whole(cache, run, *flags))
-        note("the same command again, all of it finished", whole(cache, run, *flags))
+        if not options.brief:
+            note("the whole run", whole(cache, run, *flags))
+            note("the same command again, all of it finished", whole(cache, run, *flags))
     print("\n| what | seconds |\n|---|---|")
     for record in records:
         print(f"| {record['what']} | {record['seconds']:.1f} |")

@@ -16,7 +16,6 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from diffdistill import compilation
 from diffdistill.command_flags import parse
 from diffdistill.modes import MODES, import_file
 from diffdistill.terminal import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, fail, say, stopped
@@ -27,13 +26,13 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Runs the program and exits with one of the documented codes."""
     quiet()
-    compilation.use_cache()
     try:
         app.run(_main, flags_parser=parse)
     except SystemExit as end:
         # After a write that failed Orbax's threads wait for each other, and so would the usual end (up to 10 minutes).
-        if end.code in (EXIT_FAILED, EXIT_NOT_FINITE) or (end.code == EXIT_USAGE and _is_one_of_several()):
-            _leave(end.code)
+        for code in (EXIT_FAILED, EXIT_NOT_FINITE, *([EXIT_USAGE] if _is_one_of_several() else [])):
+            if end.code == code:
+                _leave(code)
         raise
     except Exception:
         if not _is_one_of_several():
@@ -71,6 +70,7 @@ def _main(arguments: list[str]) -> None:
         fail(
             f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
         )
+    from diffdistill import compilation
     from diffdistill.config import ConfigError
     from diffdistill.data.contract import DataError
     from diffdistill.evaluation.published import TableError
@@ -98,7 +98,8 @@ def _main(arguments: list[str]) -> None:
     interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics", "tune-variance", "trajectory")
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
         try:
-            compilation.count()
+            if not FLAGS.distributed:
+                compilation.use_cache()
             mode = functools.partial(import_file, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
             mode(interrupt)
             if FLAGS.mode in ("run", "train", "evaluate", "benchmark") and compilation.counted():

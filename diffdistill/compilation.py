@@ -1,4 +1,4 @@
-"""The cache of compiled programs on disk: a second start of the same programs compiles nothing."""
+"""The cache of compiled programs on disk: what took long to compile is not compiled again by a later start."""
 
 from __future__ import annotations
 
@@ -7,38 +7,43 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
-VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+import jax
+
+from diffdistill import places
+
+FOLDER, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_SECONDS = 0.2  # programs that are compiled faster are not kept
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 _counts: collections.Counter[str] = collections.Counter()
 
 
 def use_cache() -> None:
-    """Lets JAX keep compiled programs in ~/.cache/diffdistill (or $XDG_CACHE_HOME), unless the user says where.
+    """Lets JAX keep compiled programs below `places.cache()`, unless the user says where, and counts them.
 
-    Call before jax is imported. JAX_COMPILATION_CACHE_DIR names another folder; empty, it means none.
+    The environment variable FOLDER names another folder; empty, it means none. For a single process: those of a job
+    that find different programs in caches of their own may wait for each other while they compile.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault(VARIABLE, str(home / "diffdistill" / f"programs-{_processor()}"))
-
-
-def count() -> None:
-    """From here on, counts the programs that the cache has and those that are compiled. Imports jax."""
-    import jax
-
-    def note(event: str, **_: object) -> None:
-        if event in _EVENTS:
-            _counts[_EVENTS[event]] += 1
-
-    jax.monitoring.register_event_listener(note)
+    if FOLDER not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(places.cache() / f"programs-{_processor()}"))
+        if LEAST not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
+    jax.monitoring.register_event_listener(_note)
 
 
 def counted() -> str:
-    """What `count` has seen, in a sentence; empty where no program was long enough to be kept."""
-    folder = os.environ.get(VARIABLE)
-    if not folder or not _counts:
+    """How many programs the cache had and how many were added to it, in a sentence; empty where it was not asked."""
+    if not _counts:
         return ""
-    return f"Compiled programs: {_counts['hits']} from {folder}, {_counts['misses']} new."
+    config: Any = jax.config
+    folder = config.jax_compilation_cache_dir
+    return f"Compiled programs: {_counts['hits']} from {folder}, {_counts['misses']} added to it."
+
+
+def _note(event: str, **_: object) -> None:
+    if event in _EVENTS:
+        _counts[_EVENTS[event]] += 1
 
 
 def _processor() -> str:

@@ -67,8 +67,9 @@ def describe(config: Config) -> str:
     lines.append("")
     lines.append(f"FLOPs in all: {readable(total)}")
     lines.append(
-        "memory: parameters, optimiser, average and teacher on every device, plus what the backward pass keeps of the "
-        "whole batch, which is shared among the devices; an upper bound, since the compiler fuses."
+        "memory: parameters, optimiser, average and teacher on every device (with config.training.shard_state a share "
+        "of optimiser and average), plus what the backward pass keeps of the whole batch, which is shared among the "
+        "devices; an upper bound, since the compiler fuses."
     )
     return "\n".join(lines)
 

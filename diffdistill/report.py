@@ -116,14 +116,17 @@ def stage_costs(folder: Workdir) -> Iterator[dict[str, Any]]:
 def _flops(folder: Workdir) -> dict[str, float]:
     """FLOPs of an update by stage. Counting traces every program: what was counted once is kept beside the results."""
     file, stages = folder.path / FLOPS, chain.plan(folder.config)
-    counted = json.dumps([to_dict(folder.config), dataclasses.asdict(folder.facts), program.versions()], sort_keys=True)
+    counted = json.dumps(
+        [to_dict(folder.config), dataclasses.asdict(folder.facts), program.versions(), program.revision()],
+        sort_keys=True,
+    )
     key = hashlib.sha256(counted.encode()).hexdigest()
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["of"] == key and kept["flops_per_update"].keys() == {stage.name for stage in stages}:
             return kept["flops_per_update"]
     found = {stage.name: plan.flops_per_update(folder.config, stage, folder.facts) for stage in stages}
-    if meshes.is_main():
+    if meshes.is_main() and not program.revision().endswith("-dirty"):
         text = json.dumps({"of": key, "flops_per_update": found}, indent=1)
         write_atomically(file, lambda stream: stream.write(text.encode()))
     return found

@@ -163,6 +163,12 @@ def _inputs(run: Run, stage: Stage, say: Any) -> tuple[dict[str, Any], Any, int]
     return {"generator": read(stage.generator), "fake": read(stage.path or stage.teacher)}, relay, count
 
 
+def compile_method(config: Config, method: Method, mesh: Mesh, state: Any) -> CompiledStep:
+    """The step of a method as a config wants it compiled; state: its shapes."""
+    spread = meshes.state_sharding(mesh, state) if config.training.shard_state else None
+    return compile_step(method.step, mesh, config.training.updates_per_call or None, spread)
+
+
 def _train_stage(
     run: Run,
     index: int,
@@ -173,6 +179,11 @@ def _train_stage(
     say: Any,
 ) -> None:
     done = checkpoints.latest() or 0
+    meshes.assert_same(
+        str(done),
+        f"the update that stage {stage.name} goes on from",
+        "the workdir that they see is not the same. Give all of them one that they share.",
+    )
     if done == stage.num_updates:
         say(f"{stage.name}: finished before ({done} updates)")
         return
@@ -186,11 +197,12 @@ def _train_stage(
     # Streams of an update are numbered from 0: the key of the initialisation lies beyond any update.
     init_key = jax.random.fold_in(stage_key, np.uint32(2**32 - 1))
     starts, frozen, num_targets = _inputs(run, stage, say)
-    init = functools.partial(jax.jit(method.init), init_key, starts)
     if method not in compiled:
-        calls = config.training.updates_per_call or None
-        spread = meshes.state_sharding(run.mesh, jax.eval_shape(init)) if config.training.shard_state else None
-        compiled[method] = compile_step(method.step, run.mesh, calls, spread)
+        compiled[method] = compile_method(config, method, run.mesh, jax.eval_shape(method.init, init_key, starts))
+    # A state that is to be spread must never lie on one device whole.
+    placed = {"out_shardings": compiled[method].state_sharding} if config.training.shard_state else {}
+    init_key = meshes.replicate(run.mesh, init_key) if placed else init_key
+    init = functools.partial(jax.jit(method.init, **placed), init_key, starts)
     state, meta = resume_or_start(checkpoints, compiled[method], init)
     del starts, init  # memory that a generator needs
 

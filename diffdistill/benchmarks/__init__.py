@@ -18,6 +18,7 @@ from diffdistill.fields import one_of
 from diffdistill.training import mesh as meshes
 
 BENCHMARKS = (*training.METHODS, "growth", "sampling", "inputs", "features")
+ONCE = ("inputs", "features")  # which do not depend on the type, or hardly
 DTYPES = ("float32", "bfloat16")
 
 
@@ -37,19 +38,20 @@ def run(
       benchmarks: some of BENCHMARKS. teacher, guided, halving, distillation: updates of a stage of that kind, with the
         teacher's batch. growth: the teacher at other batches, sides of the image and numbers of devices. sampling:
         every sampler in 1, 4 and 18 steps, without guidance. inputs: reading, mirroring, augmenting, and how long
-        training waits for batches. features: the networks that judge images.
+        training waits for batches. features: the networks that judge images. The last two are measured with the first
+        type alone.
       dtypes: some of DTYPES.
       seconds: of measuring for each record, after compilation and one call; two calls at least.
 
     Yields:
       A record as soon as it is measured: images_per_second, seconds (of an update or a batch), compile_seconds,
-      program_memory (bytes on one device, as the compiler has planned it), peak_memory (bytes, where the device says
-      it). Where the FLOPs are known: flops_per_second, share_of_matmul (of the rate of a matrix product of that type,
-      measured on the same devices), share_of_published (None where no data sheet is known or the type is not bfloat16),
-      floor_by_flops and floor_by_bytes (the seconds that it would take if nothing but the arithmetic, at the rate of
-      that product, or the memory, at the rate of a copy, took time), and gap, the seconds in units of the larger floor.
-      Of the other stages cost_of_teacher, the time of an update in updates of the teacher (None unless that was
-      measured just before).
+      program_memory (bytes on one device, as the compiler has planned it), peak_memory (the most bytes that a device
+      has held since the program began, where it says so). Where the FLOPs are known: flops_per_second, share_of_matmul
+      (of the rate of a matrix product of that type, measured on the same devices), share_of_published (None where no
+      data sheet is known or the type is not bfloat16), floor_by_flops and floor_by_bytes (the seconds that it would
+      take if nothing but the arithmetic, at the rate of that product, or the memory, at the rate of a copy, took
+      time), and gap, the seconds in units of the larger floor. Of the other stages cost_of_teacher, the time of an
+      update in updates of the teacher (None unless that was measured just before).
 
     Raises:
       ConfigError: a benchmark or a type that is not known, or a stage that this teacher cannot have.
@@ -64,7 +66,7 @@ def run(
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         rates = device.rates(mesh, dtype)
         teacher = None
-        for name, measured in _measurements(changed, facts, mesh, benchmarks, seconds):
+        for name, measured in _measurements(changed, facts, mesh, benchmarks, seconds, dtype == dtypes[0]):
             record = {
                 "benchmark": name,
                 "config": config.name,
@@ -107,15 +109,15 @@ def _roofline(measured: results.Record, rates: device.Rates) -> results.Record:
 
 
 def _measurements(
-    config: Config, facts: chain.DataFacts, mesh: Mesh, benchmarks: Sequence[str], seconds: float
+    config: Config, facts: chain.DataFacts, mesh: Mesh, benchmarks: Sequence[str], seconds: float, first: bool
 ) -> Iterator[tuple[str, results.Record]]:
-    """(benchmark, what it measured), in the order of BENCHMARKS; all but its rates."""
+    """(benchmark, what it measured), in the order of BENCHMARKS; all but its rates. first: of several types."""
 
     def at(facts: chain.DataFacts, mesh: Mesh, record: results.Record) -> results.Record:
         return {"image_shape": list(facts.image_shape), "devices": mesh.size, **record}
 
     for name in BENCHMARKS:
-        if name not in benchmarks:
+        if name not in benchmarks or (name in ONCE and not first):
             continue
         if name in training.METHODS:
             config_with, stage = training.with_stage(config, name)

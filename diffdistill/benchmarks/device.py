@@ -21,6 +21,7 @@ PUBLISHED_PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
+    "TPU v5": 459e12,  # as JAX calls v5p
     "TPU v6 lite": 918e12,
 }
 

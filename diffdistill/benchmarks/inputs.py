@@ -19,7 +19,6 @@ from diffdistill.data.pipeline import Batches
 from diffdistill.evaluation import features, inception, results
 from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
-from diffdistill.training.loop import compile_step
 from diffdistill.training.prefetch import Calls
 
 _IMAGES = 4096  # drawn, where a config has no data yet
@@ -61,9 +60,9 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
     """The share of its time that a teacher's training waits for batches, as the training loop draws them."""
     config, stage = training.with_stage(config, "teacher")
     method = chain.method_of(config, stage, facts)
-    step = compile_step(method.step, mesh, config.training.updates_per_call or None)
     key, size = jax.random.key(0), stage.settings.batch_size
-    state = meshes.replicate(mesh, jax.jit(method.init)(key, {}))
+    step = runner.compile_method(config, method, mesh, jax.eval_shape(method.init, key, {}))
+    state = meshes.place(jax.jit(method.init)(key, {}), step.state_sharding)
     arguments = meshes.replicate(mesh, {name: jnp.int32(1) for name in ARGUMENTS})
     flag = meshes.per_device_flag(mesh, False)
     batches = Batches(_source(config, facts), size, 0, config.data.flip, *meshes.process_slice(size))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from diffdistill import chain, plan, samplers
 from diffdistill.benchmarks import device
-from diffdistill.config import Config
+from diffdistill.config import Config, ConfigError
 from diffdistill.data.pipeline import Batch
 from diffdistill.evaluation import results
 from diffdistill.generator import Generator, SampleError
@@ -22,16 +22,20 @@ STEPS = (1, 4, 18)
 
 def measure(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> Iterator[results.Record]:
     """A record for every sampler that this teacher can be sampled with, and each of STEPS; without guidance."""
-    generator = _generator(config, facts, mesh)
+    generator, refusal = _generator(config, facts, mesh), None
+    measured = False
     for sampler in samplers.SAMPLERS:
         fresh = True  # a program serves every number of steps, but for samplers that need it as a plain number
         for num_steps in STEPS:
             try:
                 record = _measured(config, facts, generator, sampler, num_steps, seconds, fresh)
-            except SampleError:
-                continue  # a sampler of discrete times, or of one step alone
-            fresh = sampler in samplers.FIXED_STEPS
+            except SampleError as error:  # a sampler of discrete times, or of one step alone
+                refusal = error
+                continue
+            fresh, measured = sampler in samplers.FIXED_STEPS, True
             yield record
+    if not measured:
+        raise ConfigError(f"No sampler suits this teacher: {refusal}")
 
 
 def _generator(config: Config, facts: chain.DataFacts, mesh: Mesh) -> Generator:

@@ -76,6 +76,6 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _memory(record: results.Record) -> str:
-    """What a device has held at most, or, where it does not say, what the compiler has planned."""
-    found = record["peak_memory"] or record.get("program_memory")
+    """What the compiler has planned for one device."""
+    found = record.get("program_memory")
     return plan.readable_bytes(found) if found else ""

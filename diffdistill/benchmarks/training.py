@@ -9,13 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffdistill import chain, plan
+from diffdistill import chain, plan, runner
 from diffdistill.benchmarks import device
 from diffdistill.config import Config, ConfigError
 from diffdistill.evaluation import results
 from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
-from diffdistill.training.loop import compile_step
 
 METHODS = {"teacher": "teacher", "guided": "guided", "halving": "progressive", "distillation": "diff_instruct"}
 """The method of the stage that a benchmark measures."""
@@ -45,8 +44,10 @@ def with_stage(config: Config, name: str) -> tuple[Config, chain.Stage]:
 def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> results.Record:
     """The rate of the program that trains a stage, on random images that lie on the devices."""
     method = chain.method_of(config, stage, facts)
-    step = compile_step(method.step, mesh, config.training.updates_per_call or None)
-    count, key, size = step.updates_per_call, jax.random.key(0), stage.settings.batch_size
+    key, size = jax.random.key(0), stage.settings.batch_size
+    starts, frozen = _networks(config, stage, facts, mesh)
+    step = runner.compile_method(config, method, mesh, jax.eval_shape(method.init, key, starts))
+    count = step.updates_per_call
     start, stop = meshes.process_slice(size)
     random = np.random.default_rng(jax.process_index())
     shape = (count, stop - start, *facts.image_shape)
@@ -58,8 +59,7 @@ def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Me
     arguments = {name: np.int32(1) for name in ARGUMENTS}
     arguments |= {"num_steps": np.int32(max(stage.num_steps, 1)), "num_updates": np.int32(stage.num_updates)}
     arguments, key = meshes.replicate(mesh, (arguments, key))
-    starts, frozen = _networks(config, stage, facts, mesh)
-    state = meshes.replicate(mesh, jax.jit(method.init)(key, starts))
+    state = meshes.place(jax.jit(method.init)(key, starts), step.state_sharding)
     inputs = (batches, key, arguments, meshes.replicate(mesh, np.int32(count)), meshes.per_device_flag(mesh, False))
     program = device.compiled(step.function, state, frozen, *inputs)
 

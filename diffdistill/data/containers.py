@@ -22,7 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from diffdistill.data.contract import DataError, check_expansion, existing
+from diffdistill.data.contract import DataError, check_expansion
+from diffdistill.data.paths import existing
 
 MEMORY_LIMIT = 512 * 2**20
 

@@ -8,7 +8,6 @@ what was found, what was expected and what to do.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,30 +18,6 @@ UINT8 = np.dtype(np.uint8)
 
 class DataError(ValueError):
     """The data cannot be used as asked; the message is meant for the person who started the program."""
-
-
-def existing(path: str | Path) -> Path:
-    """Returns the path if something is there, of an address such as gs://bucket/folder that of its copy (remote.py).
-
-    Raises DataError that names the nearest parent that exists.
-    """
-    from diffdistill.data import remote  # stands on this module
-
-    if remote.is_remote(path):
-        return remote.local(str(path))
-    path = Path(path).expanduser()
-    try:
-        if path.exists():
-            return path
-    except OSError as error:
-        raise DataError(f"{path} cannot be looked at: {error.strerror}. Check its permissions") from error
-    if path.is_symlink():
-        raise DataError(f"{path} is a link to {path.readlink()}, which does not exist")
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    kind = "folder" if parent.is_dir() else "file"
-    raise DataError(f"{path} does not exist; the nearest parent that does is the {kind} {parent}. Check the path")
 
 
 def check_expansion(title: str, stored: int, size: int) -> None:

@@ -9,12 +9,13 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source, array_source, check_expansion, existing
+from diffdistill.data.contract import DataError, Source, array_source, check_expansion
+from diffdistill.data.paths import existing
 from diffdistill.data.pixels import fitted
 
 _PREFIX = {"train": "train", "test": "t10k"}
@@ -72,7 +73,7 @@ def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     try:
         with file.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(file) if packed else file.open("rb") as stream:
+        with cast(IO[bytes], gzip.open(file) if packed else file.open("rb")) as stream:
             return _read_array(file, stream, dimensions, packed)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} is damaged or truncated ({error}); fetch it again") from error

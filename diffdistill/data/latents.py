@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source, array_source, check_expansion, existing
+from diffdistill.data.contract import DataError, Source, array_source, check_expansion
+from diffdistill.data.paths import existing
 
 MEMBER = "latents"
 _MOST_CLASSES = 100_000

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from diffdistill.data.archives import archive_splits
 from diffdistill.data.containers import open_container
-from diffdistill.data.contract import DataError, Source, existing
+from diffdistill.data.contract import DataError, Source
 from diffdistill.data.images import images_in, splits_of
 from diffdistill.data.latents import holds_latents, open_latents
+from diffdistill.data.paths import existing
 from diffdistill.data.pipeline import gather
 from diffdistill.data.pixels import fitted
 from diffdistill.data.records import METADATA, Metadata, open_records, publish, read_metadata, write_shard
+from diffdistill.data.remote import is_remote
 
 SHARD_BYTES = 64 * 2**20
 
@@ -61,6 +63,10 @@ def prepare(
       DataError: `path` cannot be used; `destination` holds other data, is in use, unwritable or full. Finished shards
         stay.
     """
+    if is_remote(destination):
+        raise DataError(
+            f"destination {destination} is an address; give a folder, or mount the bucket and give its path"
+        )
     path, destination = existing(path), Path(destination).expanduser()
     if path.is_dir() and destination.resolve().is_relative_to(path.resolve()):
         raise DataError(f"destination {destination} lies inside {path}, which is to be read; choose another place")

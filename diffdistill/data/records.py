@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source, existing
+from diffdistill.data.contract import DataError, Source
+from diffdistill.data.paths import existing
 from diffdistill.data.pixels import fitted
 
 FORMAT, VERSION = "diffdistill-images", 1

@@ -1,22 +1,26 @@
 """Data in an object store or on a web server (gs://, s3://, az://, https://, ...), brought to this machine once.
 
-fsspec finds the files; gs:// needs the package gcsfs, s3:// s3fs, az:// adlfs, with their usual credentials. Every host
-keeps a copy of its own below ~/.cache/diffdistill/data (or $XDG_CACHE_HOME). A file whose size and tag in the store
-have not changed is not fetched again; one that was cut short is.
+fsspec finds the files; gs:// needs the package gcsfs, s3:// s3fs, az:// adlfs, with their usual credentials. The copy
+lies below ~/.cache/diffdistill/data (or $XDG_CACHE_HOME), and all processes that see that folder share it. A file whose
+size and tag in the store have not changed is not fetched again; one that was cut short is.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import posixpath
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffdistill import places
 from diffdistill.data.contract import DataError
 from diffdistill.data.parallel import for_each
 
-_LISTING = ".listing.json"
+_LISTING, _LOCK = ".listing.json", ".lock"
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "created")
 
@@ -51,11 +55,13 @@ def local(url: str) -> Path:
     if not found:
         raise DataError(f"{url} does not exist, or is empty; check the address")
     name = posixpath.basename(root.rstrip("/")) or "data"
-    target = _cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    target = places.cache() / "data" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     try:
         _fetch(files, root, found, target, url)
     except OSError as error:
-        raise DataError(f"{url} cannot be copied to {target} ({error}); make room, and start again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room" if full else "check the network and the credentials"
+        raise DataError(f"{url} cannot be copied to {target} ({error}); {advice}, and start again") from error
     return target
 
 
@@ -80,12 +86,18 @@ def _facts(info: Mapping[str, Any]) -> list[Any]:
 
 def _fetch(files: Any, root: str, found: dict[str, list[Any]], target: Path, url: str) -> None:
     """Fetches what is not there as it is listed, and removes what is no longer listed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this host wait, and then find everything there
+        _fetch_alone(files, root, found, target, url)
+
+
+def _fetch_alone(files: Any, root: str, found: dict[str, list[Any]], target: Path, url: str) -> None:
     listing = target.parent / _LISTING
     try:
         before = json.loads(listing.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = {}
-    target.parent.mkdir(parents=True, exist_ok=True)
     for name in before.keys() - found.keys():
         (target / name).unlink(missing_ok=True)
     changed = [name for name, facts in found.items() if before.get(name) != facts or not (target / name).exists()]
@@ -96,9 +108,11 @@ def _fetch(files: Any, root: str, found: dict[str, list[Any]], target: Path, url
         name = changed[number]
         file = target / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")  # several processes of a host may fetch the same
+        part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
         try:
             files.get_file(posixpath.join(root, name) if name else root, str(part))
+            if (size := found[name][0]) is not None and part.stat().st_size != size:
+                raise OSError(f"{name or url} has {part.stat().st_size} bytes, not {size} as listed")
             os.replace(part, file)
         except OSError:
             raise
@@ -109,7 +123,3 @@ def _fetch(files: Any, root: str, found: dict[str, list[Any]], target: Path, url
 
     for_each(get, len(changed), f"fetching {url}")
     listing.write_text(json.dumps(found), encoding="utf-8")
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffdistill" / "data"

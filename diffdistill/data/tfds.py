@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffdistill.data.contract import DataError, Source, existing
+from diffdistill.data.contract import DataError, Source
+from diffdistill.data.paths import existing
 from diffdistill.data.pixels import encoded_source
 from diffdistill.data.remote import is_remote
 

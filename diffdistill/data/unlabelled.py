@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffdistill.data.containers import Container, open_container
-from diffdistill.data.contract import DataError, Source, existing
+from diffdistill.data.contract import DataError, Source
 from diffdistill.data.images import is_picture
+from diffdistill.data.paths import existing
 from diffdistill.data.pixels import SUFFIXES, encoded_source, fit, listing_digest
 
 _CLASSES = ("all",)

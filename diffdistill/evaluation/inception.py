@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from diffdistill import places
 from diffdistill.data import pickles
 from diffdistill.data.contract import DataError
 from diffdistill.evaluation import protocols
@@ -274,7 +275,7 @@ def load(path: str | os.PathLike[str] = "", protocol: str = "tf", accept_sha256:
 
 
 def _find(path: str | os.PathLike[str]) -> Path:
-    fetched = fetch.cache() / fetch.INCEPTION.name
+    fetched = places.cache() / fetch.INCEPTION.name
     given = os.fspath(path) or os.environ.get(ENVIRONMENT, "") or (str(fetched) if fetched.exists() else "")
     if not given:
         raise WeightsError(

@@ -75,8 +75,9 @@ class StageCheckpoints:
         try:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                if meshes.is_main():
-                    _remove_torn(self.directory, keep, keep_every)
+                damaged = _remove_torn(self.directory, keep_every) if meshes.is_main() else ""
+                if meshes.any_process(bool(damaged)):
+                    raise CheckpointError(damaged or f"Process 0 cannot open {self.directory}; see its message.")
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
             raise CheckpointError(_explain(error, "open", self.directory)) from error
@@ -307,18 +308,20 @@ def _shape(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
 
 
-def _remove_torn(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove the step directories that a kill left half deleted: those without Orbax's mark that were due to go.
+def _remove_torn(directory: Path, keep_every: int) -> str:
+    """Removes the step directories without Orbax's mark that a kill left half deleted.
 
-    Raises CheckpointError where one without the mark was to stay: somebody else removed the file.
+    Returns what to say where the mark is all that is missing, or where no kill can have left such a directory since
+    nothing newer is complete or it was to stay: then it is damaged, and stays.
     """
     steps = {int(path.name): path for path in directory.iterdir() if path.name.isdigit() and path.is_dir()}
     complete = [step for step, path in steps.items() if (path / COMMITTED).exists()]
     for step in sorted(steps.keys() - set(complete)):
-        newer = sum(step < other for other in complete)
-        if newer < keep or (keep_every and step % keep_every == 0):
-            raise CheckpointError(_damaged(steps[step], f"its file {COMMITTED} is missing"))
+        was_to_stay = step > max(complete, default=-1) or (keep_every and step % keep_every == 0)
+        if was_to_stay or checksums.are_right(steps[step]):
+            return _damaged(steps[step], f"its file {COMMITTED} is missing")
         shutil.rmtree(steps[step], ignore_errors=True)
+    return ""
 
 
 def _damaged(checkpoint: Path, why: str) -> str:

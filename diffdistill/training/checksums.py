@@ -46,6 +46,16 @@ def check(folder: Path, items: Iterable[str]) -> None:
             raise Damaged(f"its file {name} is not as it was written: the checksums differ")
 
 
+def are_right(folder: Path) -> bool:
+    """Whether all files that `folder`/checksums.json lists are there as they were written; False without it."""
+    try:
+        items = {name.split("/")[0] for name in json.loads((folder / FILE).read_text())["blake2b"]}
+        check(folder, items)
+    except (OSError, ValueError, TypeError, KeyError, Damaged):
+        return False
+    return True
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

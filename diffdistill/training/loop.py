@@ -169,11 +169,6 @@ def fit(
     if relay is None:
         frozen = meshes.replicate(mesh, frozen, copy=False)
     start = int(state.step)
-    meshes.assert_same(
-        str(start),
-        f"the update that stage {stage} goes on from",
-        "the workdir that they see is not the same. Give all of them one that they share.",
-    )
     clock = _Clock(float((meta or {}).get("seconds", 0.0)))
     in_flight: collections.deque[_Call] = collections.deque()
     window = Window(log_every)
@@ -294,7 +289,8 @@ def _check_state(state: State, stage: str, update: int, num_updates: int, checkp
     """Looks at the parameters before they become the last good checkpoint: a finite loss does not promise that they are
     finite, and processes that are meant to hold the same may not."""
     # On the host: compiling a reduction over some hundred tensors takes longer than all the checks of a run.
-    params = jax.tree.leaves(meshes.fetch(state.params))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    params = meshes.fetch([leaf for path, leaf in leaves if any(getattr(k, "name", None) == "params" for k in path)])
     if not all(np.isfinite(leaf).all() for leaf in params):
         raise NonFiniteLoss(
             f"Stage {stage}: the parameters are no longer finite after update {update} of {num_updates} "

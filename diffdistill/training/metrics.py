@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -15,6 +16,8 @@ import numpy as np
 
 from diffdistill.training import mesh as meshes
 from diffdistill.training.errors import MetricsError
+
+FLUSH_SECONDS = 20.0
 
 
 class MetricWriter:
@@ -82,7 +85,10 @@ class MetricWriter:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
-        self._events = None
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
+            self._events = None
         return MetricsError(
             f"Cannot write {self._path} or its TensorBoard events: {error.strerror}. Free some space or choose a "
             "workdir that this user may write; then start the same command again, which continues from the newest "
@@ -164,30 +170,32 @@ def _drop_lines_after(path: Path, stage: str, step: int) -> None:
 
 
 class _Events:
-    """TensorBoard's event file of a stage, written where it is called: tensorboardX's own writer does so in a thread,
-    whose errors nobody hears."""
+    """TensorBoard's event file of a stage, written by whoever calls it, and on disk after FLUSH_SECONDS at the latest:
+    tensorboardX's own writer has a thread, whose errors nobody hears."""
 
     def __init__(self, directory: Path, step: int) -> None:
         """step: updates the stage has done already; TensorBoard hides earlier events beyond it."""
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
 
+        event_pb2: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._summary: Any = importlib.import_module("tensorboardX.proto.summary_pb2").Summary
         directory.mkdir(parents=True, exist_ok=True)
-        self._event = event_pb2.Event
+        self._event, self._flushed = event_pb2.Event, time.monotonic()
         self._writer = EventsWriter(str(directory / "events"))
         if step:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, scalars: Sequence[tuple[str, float]]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=number) for name, number in scalars]
-        event = self._event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        values = [self._summary.Value(tag=name, simple_value=number) for name, number in scalars]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
         self._writer.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
 
     def flush(self) -> None:
         self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         self._writer.close()

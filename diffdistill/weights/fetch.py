@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from diffdistill import places
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.weights import WeightsError
 
@@ -45,11 +46,6 @@ def is_inception(sha256: str | None) -> bool:
     return sha256 in (None, INCEPTION.sha256, INCEPTION_NESTED.sha256)
 
 
-def cache() -> Path:
-    """The folder for fetched files: $XDG_CACHE_HOME/diffdistill, by default ~/.cache/diffdistill."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffdistill"
-
-
 def sha256(path: Path) -> str:
     """The hash of a file's content, hexadecimal."""
     with open(path, "rb") as file:
@@ -61,7 +57,7 @@ def fetch(published: Published, destination: str | os.PathLike[str] = "") -> Pat
 
     Args:
       published: what.
-      destination: the file to write; empty: its name in `cache()`.
+      destination: the file to write; empty: its name in `places.cache()`.
 
     Returns:
       Where the file lies.
@@ -69,7 +65,7 @@ def fetch(published: Published, destination: str | os.PathLike[str] = "") -> Pat
     Raises:
       WeightsError: the address cannot be reached, what came is not the file, or another file is in its place.
     """
-    path = Path(destination) if destination else cache() / published.name
+    path = Path(destination) if destination else places.cache() / published.name
     if path.exists():
         found = sha256(path)
         if found != published.sha256:

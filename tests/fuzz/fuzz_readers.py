@@ -18,7 +18,6 @@ import gzip
 import io
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -123,20 +122,19 @@ class Watch:
             self.on = False
 
 
-def memory() -> int:
-    """Bytes that the process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    """The most bytes that it has held since `reset_peak`."""
+def held(what: str) -> int:
+    """Bytes that the process holds (VmRSS), or has held at most since `reset_peak` (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def reset_peak() -> None:
-    with contextlib.suppress(OSError):
+def reset_peak() -> bool:
+    """Whether memory can be watched here."""
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def attempt(reader: Reader, content: bytes, scratch: Path, watch: Watch, owned: Path) -> tuple[str, str]:
@@ -144,8 +142,8 @@ def attempt(reader: Reader, content: bytes, scratch: Path, watch: Watch, owned: 
     place = Path(tempfile.mkdtemp(dir=scratch))
     path = place / "input.bin"
     path.write_bytes(content)
-    reset_peak()
-    before, begun = memory(), time.monotonic()
+    watched = reset_peak()
+    before, begun = held("VmRSS") if watched else 0, time.monotonic()
     outcome, detail = "accepted", ""
     try:
         with watch.watching():
@@ -156,7 +154,7 @@ def attempt(reader: Reader, content: bytes, scratch: Path, watch: Watch, owned: 
             outcome, detail = "finding", "an error without a message"
     except (Exception, SystemExit, RecursionError) as error:  # noqa: BLE001, whatever it is, it is a finding
         outcome, detail = "finding", "".join(traceback.format_exception(error)[-3:])
-    spent, used = time.monotonic() - begun, peak() - before
+    spent, used = time.monotonic() - begun, held("VmHWM") - before if watched else 0
     if owned.exists():
         outcome, detail = "finding", "code was executed"
         owned.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+BOMB = 3 << 29  # bytes that a bomb unpacks to
 
 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -61,18 +64,14 @@ def npy_header(shape: str, descr: str = "|u1") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
 
 
-def zero_bomb(size: int = 3 << 30) -> bytes:
-    """A zlib stream of `size` zeros in about a thousandth of it."""
-    squeeze, block = zlib.compressobj(9), bytes(1 << 20)
-    return b"".join(squeeze.compress(block) for _ in range(size >> 20)) + squeeze.flush()
-
-
-def gzip_bomb(start: bytes = b"", size: int = 3 << 30) -> bytes:
+@functools.lru_cache
+def gzip_bomb(start: bytes = b"", size: int = BOMB) -> bytes:
     squeeze, block = zlib.compressobj(9, zlib.DEFLATED, 31), bytes(1 << 20)
     return squeeze.compress(start) + b"".join(squeeze.compress(block) for _ in range(size >> 20)) + squeeze.flush()
 
 
-def zip_bomb(name: str, start: bytes = b"", size: int = 3 << 30) -> bytes:
+@functools.lru_cache
+def zip_bomb(name: str, start: bytes = b"", size: int = BOMB) -> bytes:
     stream = io.BytesIO()
     with (
         zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -91,8 +90,9 @@ def picture(side: int = 6, kind: str = "PNG", value: int = 0) -> bytes:
     return stream.getvalue()
 
 
-def png_bomb(side: int = 60_000) -> bytes:
-    """A black square of 3.6 gigapixels in a few megabytes."""
+@functools.lru_cache
+def png_bomb(side: int = 40_000) -> bytes:
+    """A black square of 1.6 gigapixels in a few megabytes."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

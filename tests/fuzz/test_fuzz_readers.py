@@ -4,9 +4,11 @@ import random
 from collections import Counter
 
 import fuzz_readers
+import pytest
 import readers
 
 
+@pytest.mark.slow
 def test_no_reader_does_anything_but_read_or_refuse(capsys, monkeypatch):
     monkeypatch.chdir(readers.ROOT)
     seed = random.randrange(10**6)

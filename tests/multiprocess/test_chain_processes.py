@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +70,20 @@ def test_processes_that_were_started_differently_say_so(tmp_path):
             "the same command and files."
         )
     assert not (tmp_path / "two").exists()
+
+
+def test_processes_that_see_other_workdirs_say_so(tmp_path):
+    alone = start(tmp_path / "0", 1, "--config.teacher.num_updates=10")
+    _, errors = alone.communicate(timeout=200)
+    assert alone.returncode == 0, errors
+    (tmp_path / "1").mkdir()
+    shutil.copy(tmp_path / "0" / "config.json", tmp_path / "1")
+    flags = (*together(), "--config.teacher.num_updates=10")
+    workers = [start(tmp_path / str(index), 1, *flags, f"--process_id={index}") for index in range(2)]
+    for worker, (_, errors) in [(worker, worker.communicate(timeout=120)) for worker in workers]:
+        assert worker.returncode == 1, errors
+        assert "disagree on the update that stage teacher goes on from" in errors
+        assert "the workdir that they see is not the same" in errors
 
 
 def committed(stage: Path, workers: list[subprocess.Popen[str]]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 120.0
+PATIENCE = 240.0
 CHAINS = {
     "digits": ("configs/digits.py:smoke", ("teacher", "guided", "progressive")),
     "disback": ("configs/disback.py:digits-smoke", ("teacher", "disback")),  # and the four updates of its path

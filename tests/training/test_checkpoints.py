@@ -101,28 +101,31 @@ def test_what_a_kill_leaves_is_ignored_and_removed(tmp_path):
         checkpoints.save(state(1), {}, force=True)
         checkpoints.save(state(2), {}, force=True)
     shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")  # killed while writing
-    (tmp_path / "1" / "_CHECKPOINT_METADATA").unlink()  # killed while deleting
-    with StageCheckpoints(tmp_path, keep=1, read_only=True) as checkpoints:
+    for name in ("_CHECKPOINT_METADATA", "meta/metadata"):
+        (tmp_path / "1" / name).unlink()  # killed while deleting
+    with StageCheckpoints(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.latest() == 2
     assert len(steps(tmp_path)) == 3  # a reader touches nothing
-    with StageCheckpoints(tmp_path, keep=1) as checkpoints:
+    with StageCheckpoints(tmp_path) as checkpoints:
         assert "1" not in steps(tmp_path)
         assert checkpoints.latest() == 2
         assert equal(checkpoints.restore(abstract(state()))[0], state(2))
         assert checkpoints.save(state(3), {}, force=True)
-    assert steps(tmp_path) == ["3"]
+    assert steps(tmp_path) == ["2", "3"]
 
 
-@pytest.mark.parametrize(("step", "keep", "keep_every"), [(3, 1, 0), (2, 2, 0), (1, 1, 1)])
-def test_a_checkpoint_that_was_to_stay_is_never_removed_for_a_lost_mark(tmp_path, step, keep, keep_every):
-    """The newest, one of the newest, and one of a path: no kill leaves them so."""
+@pytest.mark.parametrize(("step", "torn", "keep_every"), [(3, False, 0), (3, True, 0), (2, False, 0), (1, True, 1)])
+def test_a_checkpoint_that_was_to_stay_is_never_removed_for_a_lost_mark(tmp_path, step, torn, keep_every):
+    """The newest, one that is whole but for it, and one of a path: no kill leaves them so."""
     with StageCheckpoints(tmp_path, keep=3) as checkpoints:
         for number in (1, 2, 3):
             checkpoints.save(state(number), {}, force=True)
     (tmp_path / str(step) / "_CHECKPOINT_METADATA").unlink()
+    if torn:
+        (tmp_path / str(step) / "meta" / "metadata").unlink()
     missing = rf"/{step} is damaged: its file _CHECKPOINT_METADATA is missing\. Move that directory away"
     with pytest.raises(CheckpointError, match=missing):
-        StageCheckpoints(tmp_path, keep=keep, keep_every=keep_every)
+        StageCheckpoints(tmp_path, keep_every=keep_every)
     assert (tmp_path / str(step) / "params").is_dir()
 
 

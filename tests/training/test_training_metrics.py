@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffdistill.training import progress
+from diffdistill.training import metrics, progress
 from diffdistill.training.errors import MetricsError
 from diffdistill.training.metrics import MetricWriter, Window
 
@@ -61,6 +61,18 @@ def test_tensorboard_events_where_tensorboardx_is_installed(tmp_path):
     assert (start.step, start.session_log.status) == (4, event_pb2.SessionLog.START)  # hides what there was from 4 on
     values = [(event.step, {value.tag: value.simple_value for value in event.summary.value}) for event in logged]
     assert values == [(4, {"loss": 1.5, "bins/0": 2.0, "bins/1": 3.0}), (5, {"loss": 1.0})]
+
+
+def test_events_can_be_looked_at_while_a_stage_trains(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    writer = MetricWriter(tmp_path, "a")
+    (file,) = (tmp_path / "tensorboard" / "a").iterdir()
+    writer.write_scalars(1, {"loss": 1.0})
+    assert file.stat().st_size == 0
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0.0)
+    writer.write_scalars(2, {"loss": 1.0})
+    assert file.stat().st_size > 0
+    writer.close()
 
 
 @pytest.mark.parametrize("when", ["flush", "close"])

@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("--save_every", type=int, default=10)
     parser.add_argument("--process", type=int, nargs=3, metavar=("PORT", "COUNT", "ID"))
     parser.add_argument("--shard", action="store_true", help="spread optimiser state and average over the devices")
-    parser.add_argument("--diverge", choices=["params", "step"], help="in what the processes differ from the beginning")
+    parser.add_argument("--diverge", action="store_true", help="every process starts from other parameters")
     parser.add_argument("--signal_at", type=int, nargs=2, default=[-1, -1], metavar=("PROCESS", "BATCH"))
     args = parser.parse_args()
     if args.process:
@@ -148,9 +148,8 @@ def main() -> int:
         return batch(index, start, stop)
 
     def diverged() -> TrainState:
-        state, other = init(), float(args.diverge == "params" and jax.process_index())
-        params = jax.tree.map(lambda leaf: leaf + other, state.params)
-        return state.replace(step=state.step + int(args.diverge == "step" and jax.process_index()), params=params)
+        state, other = init(), args.diverge * float(jax.process_index())
+        return state.replace(params=jax.tree.map(lambda leaf: leaf + other, state.params))
 
     with interrupts.catch_signals() as stop_request:
         print("ready", flush=True)
