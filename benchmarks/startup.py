@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def start(cache: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "main.py", f"--workdir={workdir}", "--config.training.log_every=1", *flags],
+        [sys.executable, "main.py", *flags, f"--workdir={workdir}", "--config.training.log_every=1"],
         cwd=ROOT,
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
