@@ -104,6 +104,8 @@ def _fetch_alone(files: Any, root: str, found: dict[str, list[Any]], target: Pat
     kept = {name: facts for name, facts in before.items() if name in found and name not in changed}
     listing.write_text(json.dumps(kept), encoding="utf-8")
 
+    done: set[str] = set()
+
     def get(number: int) -> None:
         name = changed[number]
         file = target / name
@@ -114,6 +116,7 @@ def _fetch_alone(files: Any, root: str, found: dict[str, list[Any]], target: Pat
             if (size := found[name][0]) is not None and part.stat().st_size != size:
                 raise OSError(f"{name or url} has {part.stat().st_size} bytes, not {size} as listed")
             os.replace(part, file)
+            done.add(name)
         except OSError:
             raise
         except Exception as error:  # every store has its own errors
@@ -121,5 +124,8 @@ def _fetch_alone(files: Any, root: str, found: dict[str, list[Any]], target: Pat
         finally:
             part.unlink(missing_ok=True)
 
-    for_each(get, len(changed), f"fetching {url}")
-    listing.write_text(json.dumps(found), encoding="utf-8")
+    try:
+        for_each(get, len(changed), f"fetching {url}")
+    finally:  # what a broken fetch has brought stays
+        there = {name: facts for name, facts in found.items() if name in kept or name in done}
+        listing.write_text(json.dumps(there), encoding="utf-8")
