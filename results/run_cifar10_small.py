@@ -28,7 +28,10 @@ from diffdistill import report, runner, workdir  # noqa: E402
 from diffdistill.data.pipeline import in_memory  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-COLLECTED = ("config.json", "metrics.jsonl", "overview.png", "report.html", "grids", "evaluation/results.jsonl")
+COLLECTED = (
+    *("config.json", "metrics.jsonl", "overview.png", "report.html", "grids"),
+    *("evaluation/results.jsonl", "evaluation/trajectory.jsonl"),
+)
 STOPPING = 20  # seconds that a program gets to save and end
 REPORTING = 15  # seconds for report and collection
 STARTING = 45  # seconds for the start of a program and of its stages
