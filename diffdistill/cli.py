@@ -76,9 +76,9 @@ def _main(arguments: list[str]) -> None:
     from diffdistill.evaluation.published import TableError
     from diffdistill.evaluation.reference import StatisticsError
     from diffdistill.evaluation.results import ResultsError
-    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError, OtherProcessFailed
+    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
     from diffdistill.generator import SampleError
-    from diffdistill.training import mesh
+    from diffdistill.training import processes
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.training.interrupt import Interrupt, catch_signals
     from diffdistill.weights import WeightsError
@@ -86,7 +86,7 @@ def _main(arguments: list[str]) -> None:
 
     # Before our signal handlers, because jax.distributed installs one of its own for SIGTERM.
     try:
-        mesh.initialize(
+        processes.initialize(
             FLAGS.distributed,
             coordinator=FLAGS.coordinator or None,
             num_processes=FLAGS.num_processes or None,
@@ -118,7 +118,6 @@ def _main(arguments: list[str]) -> None:
             ResultsError,
             StatisticsError,
             FeaturesError,
-            OtherProcessFailed,
             WeightsError,
         ) as error:
             fail(str(error), EXIT_FAILED)

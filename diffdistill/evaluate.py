@@ -27,6 +27,7 @@ from diffdistill.judges.contract import SHOWN, Judge, Measurement
 from diffdistill.sample import NOT_SHOWN, load_stage, samplers_for
 from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.progress import make_progress
 from diffdistill.workdir import Workdir
@@ -117,10 +118,10 @@ def evaluate(
     if judge is None:
         return
     todo = list(measurements(folder, stages, judge.needs_reference, full_length=into == RESULTS))
-    done = results.finished(results.read(folder.path / into))
+    done = _finished(folder, into)
     models = {
         stage.name: Model(folder, judge, with_examples(load_stage(folder, stage), source), into)
-        for stage in {item.stage for item in todo}
+        for stage in dict.fromkeys(item.stage for item in todo)  # on all processes in the same order
     }
     wanted = {item: models[item.stage.name].unmeasured(item, done) for item in todo}
     open_items = {item for item in todo if wanted[item] or (into == RESULTS and not _pictures_exist(folder, item))}
@@ -128,11 +129,11 @@ def evaluate(
     places = {(item.w, item.seed) for item in open_items}
     open_items |= {item for item in todo if item.is_reference and (item.w, item.seed) in places}
     # Of several processes the main one decides: sampling needs all of them, at the same measurement.
-    opened = meshes.from_main(np.array([item in open_items for item in todo], np.int32))
+    opened = processes.from_main(np.array([item in open_items for item in todo], np.int32))
     bar = make_progress("evaluation", 0, len(todo), unit="measurement")
     try:
         for number, (item, is_open) in enumerate(zip(todo, opened, strict=True)):
-            if meshes.any_process(interrupt.requested):
+            if processes.any_process(interrupt.requested):
                 raise EvaluationInterrupted(interrupt.reason)
             if is_open:
                 models[item.stage.name].measure(item, wanted[item], interrupt)
@@ -143,10 +144,15 @@ def evaluate(
         _measure_bits(folder, source, [stage for stage in stages if likelihood.wanted(folder.config, stage)])
 
 
+def _finished(folder: Workdir, file: str) -> set[results.Key]:
+    """What was measured before, as the main process finds it."""
+    return processes.on_main(lambda: results.finished(results.read(folder.path / file)))
+
+
 def _measure_bits(folder: Workdir, source: Source, stages: Sequence[Stage]) -> None:
     """Writes the variational bound of images of the data by each of the stages, unless it was measured before."""
     config = folder.config
-    done = results.finished(results.read(folder.path / RESULTS))
+    done = _finished(folder, RESULTS)
     for stage in stages:
         generator = load_stage(folder, stage)
         images, labels = likelihood.chosen(source, config.evaluation.bits_images)
@@ -165,7 +171,7 @@ def _measure_bits(folder: Workdir, source: Source, stages: Sequence[Stage]) -> N
         if results.key(known) in done:
             continue
         found = likelihood.bound(generator, images, labels, seed=config.seed)
-        if meshes.is_main():
+        if processes.is_main():
             record = results.record(
                 **known,
                 value=float(found.total.mean()),
@@ -210,7 +216,7 @@ class Model:
     def measure(self, item: Measurement, wanted: Sequence[str], interrupt: Interrupt) -> None:
         """Measures, and writes pictures and results."""
         figures = self.judge.measure(item, self.generator, wanted, self.digest, interrupt)
-        if not meshes.is_main():
+        if not processes.is_main():
             return
         if item.seed == _first_seed(self.folder) and self.into == RESULTS:
             self.show(item, figures.shown)

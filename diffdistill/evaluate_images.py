@@ -17,6 +17,7 @@ from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.stream import Partial
 from diffdistill.judges.inception import load_network
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 
 
@@ -44,24 +45,23 @@ def evaluate(
       DataError, WeightsError, StatisticsError: what is needed is not there, or not of this protocol.
     """
     folder = Path(out or "runs/images")
-    folder.mkdir(parents=True, exist_ok=True)  # a path that cannot be written is found before hours of work
+    # A path that cannot be written is found before hours of work.
+    processes.on_main(lambda: folder.mkdir(parents=True, exist_ok=True))
     network = load_network(config.evaluation, inception_weights)
     source = open_unlabelled(images, config.data.image_size, config.data.channels)
     compared = _reference(network, against, config, folder, interrupt)
     say(f"evaluation of {source.name}, {len(source)} images: {network.text()}, against {compared.text()}")
     measuring.say_left_out(compared, len(source), say)
     path = folder / "results.jsonl"
-    known = {results.key(entry): entry for entry in results.read(path)}
+    known = {results.key(entry): entry for entry in processes.on_main(lambda: results.read(path))}
     names = measuring.metrics_against(compared, len(source))
     capacity = config.evaluation.reservoir
     keys = {name: results.key(_record(source, network, compared, capacity, name, 0.0, 0.0)) for name in names}
-    # One process decides: the others may see an older state of a shared file system.
-    missing = meshes.from_main(np.array([keys[name] not in known for name in names], np.int32))
-    wanted = [name for name, is_missing in zip(names, missing, strict=True) if is_missing]
+    wanted = [name for name in names if keys[name] not in known]
     if wanted:
         for entry in _measure(source, network, compared, wanted, config, path, interrupt, say):
             known[results.key(entry)] = entry
-    if not meshes.is_main():
+    if not processes.is_main():
         return
     shown = [known[keys[name]] for name in names]
     for entry in shown:
@@ -86,7 +86,7 @@ def _measure(
     identity = f"{source.fingerprint()} {_protocol(network, compared, capacity)}"
     partial = Partial(path.parent / ".partial", identity)
     found = network.statistics_of(source, np.arange(len(source)), capacity, partial, interrupt)
-    if not meshes.is_main():
+    if not processes.is_main():
         return []
     values, spreads = measuring.figures(found.statistics, compared, wanted)
     records = [
@@ -151,7 +151,7 @@ def write_statistics(
     """
     network = load_network(config.evaluation, inception_weights)
     evaluation, path = config.evaluation, Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    processes.on_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
     network.write_reference(path, source, evaluation.reference_images, evaluation.reservoir, interrupt)
     found = network.read_reference(out, "")
     say(f"{path}: {found.text()}. Use it with --config.evaluation.reference={path} or --reference={path}")

@@ -58,7 +58,7 @@ def import_model(
     denoiser = chain.denoiser_of(config, stage, facts)
     if jax.tree.map(jnp.shape, denoiser.shapes()) != jax.tree.map(jnp.shape, model.params):
         raise WeightsError(f"{path} holds a network that no config describes; please report it.")
-    opened = workdir.create(folder, config, facts, None, write=meshes.is_main())
+    opened = workdir.create(folder, config, facts, None)
     with StageCheckpoints(opened.stage(stage.name)) as checkpoints:
         meta = {"stage": stage.name, "seconds": 0.0, "source": source, "sha256": model.sha256, "file": path}
         params = meshes.replicate(meshes.make_mesh(), model.params)

@@ -51,7 +51,7 @@ def _evaluate(interrupt: Any) -> None:
     from diffdistill import evaluate, runner, transfer_files, workdir
     from diffdistill.data.pipeline import in_memory
     from diffdistill.report import save_overview, stage_costs, write_report
-    from diffdistill.training.mesh import is_main
+    from diffdistill.training.processes import is_main
 
     config = _config()
     folder = _as_asked(workdir.read(_workdir(config)), config)
@@ -85,7 +85,7 @@ def _tune_variance(interrupt: Any) -> None:
 def _trajectory(interrupt: Any) -> None:
     from diffdistill import runner, trajectory, workdir
     from diffdistill.data.pipeline import in_memory
-    from diffdistill.training.mesh import is_main
+    from diffdistill.training.processes import is_main
 
     config = _config()
     folder = _as_asked(workdir.read(_workdir(config)), config)
@@ -191,7 +191,7 @@ def _benchmark(interrupt: Any) -> None:
 
     from diffdistill import benchmarks
     from diffdistill.benchmarks.table import markdown
-    from diffdistill.training.mesh import is_main
+    from diffdistill.training.processes import is_main
 
     measured = []
     for record in benchmarks.run(

@@ -21,7 +21,7 @@ from diffdistill.evaluate import RESULTS, samples_path
 from diffdistill.evaluation import images, program, results, tables
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.report import write_report as write_page
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.transfer_files import record_path
 from diffdistill.workdir import Workdir
@@ -121,12 +121,18 @@ def _flops(folder: Workdir) -> dict[str, float]:
         sort_keys=True,
     )
     key = hashlib.sha256(counted.encode()).hexdigest()
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["of"] == key and kept["flops_per_update"].keys() == {stage.name for stage in stages}:
-            return kept["flops_per_update"]
+
+    def kept() -> dict[str, float]:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["of"] == key and record["flops_per_update"].keys() == {stage.name for stage in stages}:
+                return record["flops_per_update"]
+        return {}
+
+    if counted_before := processes.on_main(kept):
+        return counted_before
     found = {stage.name: plan.flops_per_update(folder.config, stage, folder.facts) for stage in stages}
-    if meshes.is_main() and not program.revision().endswith("-dirty"):
+    if processes.is_main() and not program.revision().endswith("-dirty"):
         text = json.dumps({"of": key, "flops_per_update": found}, indent=1)
         write_atomically(file, lambda stream: stream.write(text.encode()))
     return found

@@ -21,6 +21,7 @@ from diffdistill.data.pipeline import Batches, in_memory
 from diffdistill.data.sources import open_source
 from diffdistill.methods import Method
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.loop import CompiledStep, compile_step, fit, resume_or_start
@@ -91,10 +92,10 @@ def prepare(config: Config, path: str) -> Run:
             chain.updater_of(stage)
         except ValueError as error:
             raise ConfigError(f"Stage {stage.name} cannot be built: {error}") from error
-    meshes.assert_same(json.dumps(to_dict(config), sort_keys=True), "the config")
+    processes.assert_same(json.dumps(to_dict(config), sort_keys=True), "the config")
     source = in_memory(source)  # a damaged image is found here, before anything is written
-    meshes.assert_same(source.fingerprint(), "the images")
-    opened = workdir.create(path, config, facts, source.fingerprint(), write=meshes.is_main())
+    processes.assert_same(source.fingerprint(), "the images")
+    opened = workdir.create(path, config, facts, source.fingerprint())
     return Run(opened, source, mesh, stages)
 
 
@@ -179,11 +180,6 @@ def _train_stage(
     say: Any,
 ) -> None:
     done = checkpoints.latest() or 0
-    meshes.assert_same(
-        str(done),
-        f"the update that stage {stage.name} goes on from",
-        "the workdir that they see is not the same. Give all of them one that they share.",
-    )
     if done == stage.num_updates:
         say(f"{stage.name}: finished before ({done} updates)")
         return

@@ -12,6 +12,7 @@ from diffdistill.chain import Stage
 from diffdistill.data.latents import scaling
 from diffdistill.generator import Generator, SampleError
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.workdir import Workdir
 
 # Stages that are no generators of the data: one leads from images to noise, one knows the samples of a generator.
@@ -46,7 +47,11 @@ def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
 def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]:
     """(the run, the name of its stage) of a workdir or the folder of a stage in it. Raises WorkdirError."""
     folder = Path(path)
-    if not stage and not (folder / "config.json").exists() and (folder.parent / "config.json").exists():
+
+    def is_stage() -> bool:
+        return not (folder / "config.json").exists() and (folder.parent / "config.json").exists()
+
+    if not stage and processes.on_main(is_stage):
         folder, stage = folder.parent, folder.name
     return workdir.read(folder), stage
 

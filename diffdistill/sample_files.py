@@ -19,7 +19,7 @@ from diffdistill.evaluation import images, protocols
 from diffdistill.generator import Generator, SampleError, Samples
 from diffdistill.sample import load_from
 from diffdistill.sampling_program import shown_of
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.workdir import Workdir, WorkdirError
 
 
@@ -63,7 +63,7 @@ def to_files(
         generator = dataclasses.replace(generator, quantisation=quantisation)
     place = Path(out) if out else folder.path / "samples"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        processes.on_main(lambda: place.mkdir(parents=True, exist_ok=True))
     except OSError as error:
         raise WorkdirError(
             f"the folder {place} for the images cannot be written: {error.strerror}. Choose another with --out=FOLDER."
@@ -88,7 +88,7 @@ def to_files(
             masks=masks,
             progress=lambda done: bar.update(done - bar.n),
         )
-    if not meshes.is_main():
+    if not processes.is_main():
         return
     files, what = [place / "samples.npz"], "latents"
     if generator.latent_scaling is None:

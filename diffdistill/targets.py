@@ -17,6 +17,7 @@ from diffdistill.config import DisbackConfig
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.methods import walk
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.errors import CheckpointError
 from diffdistill.training.relay import Relay, timed
 from diffdistill.workdir import Workdir
@@ -56,28 +57,25 @@ def path_losses(folder: Workdir, stage: Stage, mesh: Mesh, read: Read) -> list[f
     settings = stage.settings
     assert isinstance(settings, DisbackConfig)
     file = folder.stage(stage.path) / FILE
-    found = np.zeros(settings.path + 1, np.float64)
-    # The main process alone says whether to measure: all of them have to take part in it, or none.
-    measured = bool(meshes.from_main(np.array([file.exists()]))[0])
-    if measured and meshes.is_main():
-        found = _read(file, settings.path + 1)
-    if not measured:
-        found = np.array(_measure(folder, stage, settings, mesh, read))
-        if meshes.is_main():
-            updates = [number * settings.interval for number in range(settings.path + 1)]
-            text = json.dumps({"update": updates, "loss": found.tolist()})
-            write_atomically(file, lambda stream: stream.write(text.encode()))
-    return meshes.from_main(found).tolist()
+    kept = processes.on_main(lambda: _read(file, settings.path + 1) if file.exists() else None)
+    if kept is not None:
+        return kept
+    found = processes.from_main(np.array(_measure(folder, stage, settings, mesh, read))).tolist()
+    if processes.is_main():
+        updates = [number * settings.interval for number in range(settings.path + 1)]
+        text = json.dumps({"update": updates, "loss": found})
+        write_atomically(file, lambda stream: stream.write(text.encode()))
+    return found
 
 
-def _read(file: Path, count: int) -> np.ndarray:
+def _read(file: Path, count: int) -> list[float]:
     try:
         found = np.array(json.loads(file.read_text(encoding="utf-8"))["loss"], np.float64)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}). Delete it, and it is measured again.") from error
     if found.shape != (count,):
         raise CheckpointError(f"{file} holds {found.size} losses, expected {count}. Delete it; it is measured again.")
-    return found
+    return found.tolist()
 
 
 def _measure(folder: Workdir, stage: Stage, settings: DisbackConfig, mesh: Mesh, read: Read) -> list[float]:

@@ -10,7 +10,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 3, 1
 
 def say(text: str) -> None:
     """Prints on the process that speaks for all."""
-    from diffdistill.training.mesh import is_main
+    from diffdistill.training.processes import is_main
 
     if is_main():
         print(text, flush=True)

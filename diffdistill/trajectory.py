@@ -21,6 +21,7 @@ from diffdistill.judges.contract import Measurement
 from diffdistill.sample import load_stage
 from diffdistill.sample_files import save_grid
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
@@ -61,10 +62,11 @@ def measure(
     w = next((w for w in evaluation.guidance if known and known[0] <= w <= known[1]), known[0] if known else 0.0)
     before = _cost_before(folder, chosen)
     file, average = folder.path / FILE, folder.config.sampling.average
+    measured = processes.on_main(lambda: _of(file, stage, average))
     for update in updates:
-        if meshes.any_process(interrupt.requested):
+        if processes.any_process(interrupt.requested):
             raise EvaluationInterrupted(interrupt.reason)
-        done = {entry["metric"] for entry in _of(file, stage, average) if entry["update"] == update}
+        done = {entry["metric"] for entry in measured if entry["update"] == update}
         generator = load_stage(folder, chosen, update)
         item = Measurement(chosen, generator.num_steps, generator.sampler, w, seed)
         wanted = [name for name in judge.metrics(item, generator) if name in _METRICS and name not in done]
@@ -72,7 +74,8 @@ def measure(
             continue
         model = evaluate.Model(folder, judge, generator, FILE)
         figures = judge.measure(item, generator, wanted, model.digest, interrupt)
-        if not meshes.is_main():
+        seconds = _seconds(folder, chosen, update)
+        if not processes.is_main():
             continue
         place = f"{stage}-{average}" if average else stage
         save_grid(folder.path / "grids" / place / f"{update:08d}.png", figures.shown, generator, 10)
@@ -82,14 +85,14 @@ def measure(
             "wall_time": figures.seconds,
             "update": update,
             "average": average,
-            "seconds": _seconds(folder, chosen, update),
+            "seconds": seconds,
             **before,
             **figures.facts,
         }
         results.append(file, [model.record(item, name, value=figures.values[name], **facts) for name in wanted])
         figures.written()
         say(f"{stage}, update {update}: " + ", ".join(f"{name} {figures.values[name]:.4g}" for name in wanted))
-    return sorted(_of(file, stage, average), key=lambda entry: entry["update"])
+    return sorted(processes.on_main(lambda: _of(file, stage, average)), key=lambda entry: entry["update"])
 
 
 def _of(file: Path, stage: str, average: int) -> list[results.Record]:

@@ -18,7 +18,7 @@ from diffdistill.evaluation import features, images
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.generator import Generator, SampleError
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.transfer import Pair, Transfer, figures, many_step_noise, pairs, transfer
 from diffdistill.workdir import Workdir, WorkdirError
@@ -66,7 +66,7 @@ def to_files(
     """
     place = Path(out) if out else folder.path / "transfer"
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        processes.on_main(lambda: place.mkdir(parents=True, exist_ok=True))
     except OSError as error:
         raise WorkdirError(f"{place} cannot be written: {error.strerror}. Choose another with --out=FOLDER.") from error
     from_run, to_run = _stage(folder, encoder), _stage(folder, decoder)
@@ -81,7 +81,7 @@ def to_files(
     reference = many_step_noise(both[1], given, first, full)
     made = [transfer(pair, given, first, second, (w,)) for pair in both]
     measured = [figures(each, given, reference, second, network) for each in made]
-    if not meshes.is_main():
+    if not processes.is_main():
         return
     rows = _rows(given, both, made, target_class)
     images.save_png(place / "transfer.png", _picture(rows))
@@ -126,7 +126,7 @@ def evaluate(folder: Workdir, source: Source, interrupt: Interrupt, say: Callabl
             "num_images": NUM_IMAGES,
             "fingerprint": source.fingerprint(),
         }
-        if meshes.any_process(interrupt.requested):
+        if processes.any_process(interrupt.requested):
             raise EvaluationInterrupted(interrupt.reason)
         if _is_made(record_path(folder, text), key):
             continue
@@ -138,12 +138,12 @@ def evaluate(folder: Workdir, source: Source, interrupt: Interrupt, say: Callabl
             made = [transfer(pair, given, first, second, weights) for pair in both]
             found = [figures(each, given, reference, second, network) for each in made]
             entries += [{"steps": number, "pair": pair.name, **each} for pair, each in zip(both, found, strict=True)]
-            if number == pictured and meshes.is_main():
+            if number == pictured and processes.is_main():
                 picture = _picture(_rows(given, both, made, names[1]))
                 images.save_png(folder.path / FOLDER / f"{'_to_'.join(names)}.png", picture)
                 for pair, each in zip(both, found, strict=True):
                     say(f"{text}: {_line(pair, each, full)}")
-        if meshes.is_main():
+        if processes.is_main():
             record = {
                 "transfer": text,
                 "num_images": len(given),
@@ -163,10 +163,12 @@ def record_path(folder: Workdir, text: str) -> Path:
 
 def _is_made(path: Path, key: dict[str, Any]) -> bool:
     """Whether a transfer was made by the same models of the same data; on several processes as the main one sees it."""
-    made = False
-    if meshes.is_main() and path.exists() and path.with_suffix(".png").exists():
-        made = json.loads(path.read_text(encoding="utf-8")).get("key") == key
-    return bool(meshes.from_main(np.array([made], np.int32))[0])
+
+    def made() -> bool:
+        there = path.exists() and path.with_suffix(".png").exists()
+        return there and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+
+    return processes.on_main(made)
 
 
 def _classes(text: str) -> tuple[str, str]:
@@ -212,7 +214,9 @@ def _classifier(folder: Workdir, source: Source) -> features.FeatureNetwork | No
         return None
     data = gather(source, np.linspace(0, len(source) - 1, min(len(source), 10_000)).astype(np.int64))
     cache = folder.path / "evaluation" / "cache"
-    return features.train_or_load(data["image"], data["label"], source.num_classes, source.fingerprint(), cache)
+    return processes.on_main(
+        lambda: features.train_or_load(data["image"], data["label"], source.num_classes, source.fingerprint(), cache)
+    )
 
 
 def _rows(

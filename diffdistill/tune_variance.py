@@ -18,7 +18,7 @@ from diffdistill.config import ConfigError
 from diffdistill.data.contract import Source
 from diffdistill.evaluation import results, tables
 from diffdistill.evaluation.files import write_atomically
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
 
@@ -68,7 +68,7 @@ def search(
             say=say,
         )
     path = folder.path / TABLE
-    if meshes.is_main():
+    if processes.is_main():
         metric = "fid" if folder.config.evaluation.features == "inception" else "frechet_to_data"
         values = _values(results.read(folder.path / TRIED), metric)
         write_atomically(path, lambda file: file.write(_csv(values, metric).encode()))

@@ -17,6 +17,7 @@ from diffdistill.config import Config
 from diffdistill.data.remote import is_remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.training import processes
 
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")
@@ -58,18 +59,16 @@ class Workdir:
         return dataclasses.replace(self, config=changed)
 
 
-def create(
-    path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None, *, write: bool
-) -> Workdir:
+def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None) -> Workdir:
     """Opens the folder of a run for training: makes it, or checks that it belongs to the same config and data.
 
-    The settings of stages that have not begun may differ from those of the start before.
+    The settings of stages that have not begun may differ from those of the start before. Of several processes all
+    call it, and the main one alone looks at the folder.
 
     Args:
       path: the folder.
       config, facts: of this run.
       fingerprint: of the data; None: of none yet, for a run whose first stage was not trained here.
-      write: False on all but one of several processes.
 
     Raises:
       WorkdirError: the folder cannot be written, or holds a run of another config or of other data.
@@ -84,9 +83,13 @@ def create(
         "config": configs.to_dict(config),
         "data": {**json.loads(json.dumps(dataclasses.asdict(facts))), "fingerprint": fingerprint},
     }
+    processes.on_main(lambda: _begin(folder, record, imported=fingerprint is None))
+    return Workdir(folder, config, facts)
+
+
+def _begin(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
     file = folder / "config.json"
     starts: list[dict[str, Any]] = []
-    imported = fingerprint is None
     trained = has_checkpoints(folder)
     if trained and file.exists():
         _check_same(file, record)
@@ -97,33 +100,27 @@ def create(
             f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore "
             "the file."
         )
-    if write:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            text = json.dumps({**record, "imported": imported, "starts": [*starts, about]}, indent=2) + "\n"
-            write_atomically(file, lambda stream: stream.write(text.encode()))
-        except OSError as error:
-            raise WorkdirError(
-                f"The workdir {folder} cannot be written: {error.strerror or error}. "
-                "Make room or choose another with --workdir=FOLDER."
-            ) from error
-    return Workdir(folder, config, facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        text = json.dumps({**record, "imported": imported, "starts": [*starts, about]}, indent=2) + "\n"
+        write_atomically(file, lambda stream: stream.write(text.encode()))
+    except OSError as error:
+        raise WorkdirError(
+            f"The workdir {folder} cannot be written: {error.strerror or error}. "
+            "Make room or choose another with --workdir=FOLDER."
+        ) from error
 
 
 def read(path: str | os.PathLike[str]) -> Workdir:
-    """Opens the folder of a run for reading.
+    """Opens the folder of a run for reading. Of several processes all call it, and the main one alone looks at it.
 
     Raises:
       WorkdirError: there is no run, or its config.json is damaged.
     """
     folder = Path(os.path.abspath(path))
     file = folder / "config.json"
-    if not file.is_file():
-        raise WorkdirError(
-            f"{folder} holds no run: there is no config.json in it. Give the --workdir of a training run."
-        )
-    record = _load(file)
+    record = processes.on_main(lambda: _of_a_run(file))
     try:
         data = record["data"]
         facts = DataFacts(
@@ -132,6 +129,14 @@ def read(path: str | os.PathLike[str]) -> Workdir:
         return Workdir(folder, configs.resolve(record["config"]), facts, data["fingerprint"] is not None)
     except (KeyError, TypeError, configs.ConfigError) as error:
         raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
+
+
+def _of_a_run(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise WorkdirError(
+            f"{file.parent} holds no run: there is no config.json in it. Give the --workdir of a training run."
+        )
+    return _load(file)
 
 
 def has_checkpoints(folder: Path, stage: str = "*") -> bool:

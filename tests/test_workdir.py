@@ -78,7 +78,7 @@ def test_what_does_not_change_the_training_may_change(copied):
 def test_other_images_are_refused(copied):
     opened = workdir.read(copied)
     with pytest.raises(WorkdirError, match="images themselves"):
-        workdir.create(copied, opened.config, opened.facts, "another fingerprint", write=True)
+        workdir.create(copied, opened.config, opened.facts, "another fingerprint")
 
 
 def test_a_checkpoint_of_another_network_is_refused_and_named(copied, tmp_path):
@@ -125,11 +125,11 @@ def test_a_damaged_or_missing_record_is_refused(copied):
 
 def test_an_address_is_no_workdir(smoke_run):
     with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*mount the bucket"):
-        workdir.create("gs://bucket/run", smoke_run.run.config, smoke_run.run.facts, None, write=True)
+        workdir.create("gs://bucket/run", smoke_run.run.config, smoke_run.run.facts, None)
 
 
 def test_a_run_whose_only_checkpoint_is_damaged_keeps_its_record(tmp_path, smoke_run):
     """It is refused by its stage; until then it counts as begun."""
     (tmp_path / "teacher" / "3").mkdir(parents=True)  # without Orbax's mark
     with pytest.raises(WorkdirError, match=r"checkpoints but no config\.json"):
-        workdir.create(tmp_path, smoke_run.run.config, smoke_run.run.facts, None, write=True)
+        workdir.create(tmp_path, smoke_run.run.config, smoke_run.run.facts, None)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 
 # Dense bfloat16 operations a second of one device, from the vendors' data sheets.
 PUBLISHED_PEAKS = {
@@ -90,7 +91,7 @@ def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
     """How often `call` runs in a second, after one run; two runs at least, and as many on every process."""
     call()
     begun, calls = time.monotonic(), 0
-    while meshes.any_process(calls < 2 or time.monotonic() - begun < seconds):
+    while processes.any_process(calls < 2 or time.monotonic() - begun < seconds):
         call()
         calls += 1
     return calls / (time.monotonic() - begun)

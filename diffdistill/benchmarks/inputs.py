@@ -19,6 +19,7 @@ from diffdistill.data.pipeline import Batches
 from diffdistill.evaluation import features, inception, results
 from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.prefetch import Calls
 
 _IMAGES = 4096  # drawn, where a config has no data yet
@@ -70,7 +71,7 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
     drawn = iter(calls)
     waited, updates, begun = 0.0, 0, None
     try:
-        while begun is None or meshes.any_process(updates < 2 or time.monotonic() - begun < seconds):
+        while begun is None or processes.any_process(updates < 2 or time.monotonic() - begun < seconds):
             asked = time.monotonic()
             _, count, rows = next(drawn)
             waited += time.monotonic() - asked

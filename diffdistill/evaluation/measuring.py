@@ -23,6 +23,7 @@ from diffdistill.evaluation.inception import FeatureExtractor
 from diffdistill.evaluation.reference import Reference, StatisticsError
 from diffdistill.evaluation.stream import Accumulated, Chunk, ImageStatistics, Partial
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 
 BLOCK, BLOCK_CPU = 64, 16  # images that pass through the network of one device at once; CPUs are faster with few
@@ -52,11 +53,13 @@ class Network:
 
     def read_reference(self, path: str, stated_protocol: str) -> Reference:
         """Reference statistics from a file, checked to be of this network and protocol. Raises StatisticsError."""
-        found = reference.read(
-            path,
-            protocol=self.extractor.protocol,
-            stated_protocol=stated_protocol,
-            weights_sha256=self.extractor.weights_sha256,
+        found = processes.on_main(
+            lambda: reference.read(
+                path,
+                protocol=self.extractor.protocol,
+                stated_protocol=stated_protocol,
+                weights_sha256=self.extractor.weights_sha256,
+            )
         )
         for what, mean, needed in (("mu", found.mean, 2048), ("mu_s", found.spatial_mean, 2023)):
             if mean is not None and len(mean) != needed:
@@ -73,7 +76,7 @@ class Network:
           source: any images.
           limit: how many of them, thinned out evenly; 0: all.
           capacity: how many keep their features.
-          cache: folder, seen by all processes; also for what a killed computation had.
+          cache: folder of the main process; also for what a killed computation had.
           interrupt: looked at after every chunk.
 
         Raises:
@@ -82,7 +85,7 @@ class Network:
         """
         identity = f"{self.text()} {source.fingerprint()} {limit} {capacity}"
         path = Partial(cache, identity).path.with_suffix(".npz")
-        if not meshes.from_main(np.array(path.exists(), np.int32)):
+        if not processes.on_main(path.exists):
             self.write_reference(path, source, limit, capacity, interrupt)
         return self.read_reference(str(path), "")
 
@@ -106,7 +109,7 @@ class Network:
         identity = f"{self.text()} {source.fingerprint()} {limit} {capacity}"
         partial = Partial(path.parent / ".partial", identity)
         statistics = self.statistics_of(source, chosen, capacity, partial, interrupt).statistics
-        if meshes.is_main():
+        if processes.is_main():
             provenance = {
                 "protocol": self.extractor.protocol,
                 "weights_sha256": self.extractor.weights_sha256,
@@ -116,7 +119,6 @@ class Network:
             }
             reference.write(path, reference.of_statistics(statistics, provenance))
             partial.remove()
-        meshes.wait_for_all("reference statistics are written")
 
     def statistics_of(
         self, source: Source, chosen: np.ndarray, capacity: int, partial: Partial, interrupt: Interrupt

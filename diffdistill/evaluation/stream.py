@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import time
@@ -26,6 +27,8 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.moments import Moments, Reservoir
 from diffdistill.evaluation.scores import ScoreSums
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
+from diffdistill.training.errors import OtherProcessFailed
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.progress import make_progress
 
@@ -46,16 +49,6 @@ class EvaluationInterrupted(Exception):
 
 class FeaturesError(ValueError):
     """Features that no figure can be computed from; the message says of which images."""
-
-
-class OtherProcessFailed(RuntimeError):
-    """This process had no fault, but another one of the job had, and says itself which."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "Evaluation stopped, since another process of this job failed: see its message. What was saved before is "
-            "kept; put it right and start the same command again."
-        )
 
 
 @dataclass(frozen=True)
@@ -118,35 +111,41 @@ class Partial:
 
     def load(self, empty: ImageStatistics) -> tuple[int, float, ImageStatistics]:
         """(images done, seconds that took, what to start from): all on the main process, nothing on the others."""
-        done = max((int(path.parent.name) for path in self.path.glob("*/complete")), default=0)
-        done = int(meshes.from_main(np.array(done, np.int32)))  # one looks, all act alike
-        if not done or not meshes.is_main():
+        done = processes.on_main(self._done)
+        if not done or not processes.is_main():
             return done, 0.0, empty
         return done, self._about(done)["seconds"], self._merged(done)
 
+    def _done(self) -> int:
+        return max((int(path.parent.name) for path in self.path.glob("*/complete")), default=0)
+
     def save(self, done: int, seconds: float, statistics: ImageStatistics) -> None:
-        """Writes this process's share of the first `done` images. All processes call it together."""
+        """Writes all processes' shares of the first `done` images. All of them call it together."""
+        share = io.BytesIO()
+        np.savez(share, **to_arrays(statistics))
+        shares = processes.gathered(share.getvalue())
+        processes.on_main(lambda: self._write(done, seconds, shares))
+
+    def _write(self, done: int, seconds: float, shares: list[bytes]) -> None:
         folder = self.path / str(done)
-        arrays = to_arrays(statistics)
-        write_atomically(folder / f"process_{jax.process_index():04d}.npz", lambda file: np.savez(file, **arrays))
-        meshes.wait_for_all("statistics are written")
-        if meshes.is_main():
-            about = json.dumps({"processes": jax.process_count(), "seconds": seconds})
-            write_atomically(folder / "complete", lambda file: file.write(about.encode()))
-            for other in self.path.iterdir():
-                if int(other.name) < done:  # a later one may be under way already
-                    shutil.rmtree(other)
+        for index, share in enumerate(shares):
+            write_atomically(folder / f"process_{index:04d}.npz", lambda file, share=share: file.write(share))
+        about = json.dumps({"processes": len(shares), "seconds": seconds})
+        write_atomically(folder / "complete", lambda file: file.write(about.encode()))
+        for other in self.path.iterdir():
+            if int(other.name) < done:
+                shutil.rmtree(other)
 
     def collect(self, done: int, seconds: float, statistics: ImageStatistics) -> ImageStatistics:
         """The statistics of all processes together, on the main one; the others get their own share back."""
         if jax.process_count() == 1:
             return statistics
         self.save(done, seconds, statistics)
-        return self._merged(done) if meshes.is_main() else statistics
+        return self._merged(done) if processes.is_main() else statistics
 
     def remove(self) -> None:
         """Deletes the saved state, once the figures themselves are written."""
-        if meshes.is_main():
+        if processes.is_main():
             shutil.rmtree(self.path, ignore_errors=True)
             with contextlib.suppress(OSError):  # others have something there, or nothing was ever saved
                 self.folder.rmdir()
@@ -254,7 +253,7 @@ def accumulate(
             action()
         except Exception as error:  # noqa: BLE001 - whatever it is, the others must hear of it
             failure = error
-        if meshes.any_process(failure is not None):
+        if processes.any_process(failure is not None):
             raise failure or OtherProcessFailed()
 
     def absorb_all() -> None:
@@ -265,11 +264,11 @@ def accumulate(
         while done < num:
             together(step)
             due = time.monotonic() - saved > SAVE_SECONDS
-            if done < num and meshes.any_process(due or interrupt.requested):
+            if done < num and processes.any_process(due or interrupt.requested):
                 together(absorb_all)
                 saved = time.monotonic()
                 partial.save(done, before + saved - begun, statistics)
-                if meshes.any_process(interrupt.requested):
+                if processes.any_process(interrupt.requested):
                     raise EvaluationInterrupted(interrupt.reason)
     finally:
         progress.close()

@@ -20,7 +20,7 @@ from diffdistill.evaluation.moments import Moments
 from diffdistill.generator import Generator
 from diffdistill.judges.contract import Figures, Measurement
 from diffdistill.samplers import STOCHASTIC
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
 
@@ -83,7 +83,7 @@ class DomainJudge:
             "paired_rmse_to_teacher": lambda: metrics.paired_rmse(samples.images, teacher()[0]),
             "class_accuracy": lambda: metrics.class_accuracy(predicted, samples.labels),
         }
-        values = {name: compute[name]() for name in wanted} if meshes.is_main() else {}
+        values = {name: compute[name]() for name in wanted} if processes.is_main() else {}
         return Figures(values, samples, seconds)
 
 
@@ -97,7 +97,11 @@ def make(folder: Workdir, source: Source, say: Callable[[str], Any]) -> DomainJu
     data = gather(source, chosen)
     cache = folder.path / "evaluation" / "cache"
     try:
-        network = features.train_or_load(data["image"], data["label"], source.num_classes, source.fingerprint(), cache)
+        network = processes.on_main(
+            lambda: features.train_or_load(
+                data["image"], data["label"], source.num_classes, source.fingerprint(), cache
+            )
+        )
     except ValueError as error:
         raise DataError(f"evaluation of {source.name}: {error}. Set config.evaluation.num_samples=0.") from error
     accuracy = network.record.get("hold_out_accuracy")

@@ -14,7 +14,7 @@ from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.stream import Chunk, Partial
 from diffdistill.generator import Generator
 from diffdistill.judges.contract import SHOWN, Figures, Measurement
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.workdir import Workdir
 
@@ -63,7 +63,7 @@ class InceptionJudge:
             f"evaluation: {item.text()}",
         )
         facts = {**self._network.facts(), **self._reference.facts(), "quantisation": generator.quantisation}
-        if not meshes.is_main():
+        if not processes.is_main():
             return Figures({}, shown, found.seconds, facts=facts)
         values, spreads = measuring.figures(found.statistics, self._reference, wanted)
         if found.pace is not None:

@@ -4,13 +4,14 @@ A checkpoint appears whole or not at all: Orbax writes into a temporary director
 there. Whatever a kill leaves half done is ignored and removed when the stage is opened for writing again; what merely
 looks like it but is a damaged checkpoint is refused. The checksums of its files are part of it, and compared before it
 is read.
+
+Of several processes the main one alone writes and reads; the others send it what they hold and are told what it reads.
 """
 
 import dataclasses
-import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,17 +19,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.options import MultiprocessingOptions
 
-from diffdistill.training import checksums, quiet, trees
+from diffdistill.training import checkpoint_messages as messages
+from diffdistill.training import checksums, processes, quiet, trees
 from diffdistill.training import mesh as meshes
 from diffdistill.training.errors import CheckpointError
 
 META = "meta"
 COMMITTED = "_CHECKPOINT_METADATA"
 """The file Orbax writes into every checkpoint directory."""
-
-
-KEPT = "Checkpoints that were complete before are intact; start the same command again to continue from the newest."
 
 
 class StageCheckpoints:
@@ -38,6 +38,7 @@ class StageCheckpoints:
     keep_every: checkpoints at multiples of it stay as well (0 = none).
     read_only: for users of a finished (or still training) stage; touches nothing.
     Saving happens in the background; `close` (or leave the `with` block) before the process ends.
+    Of several processes all call everything but `wait`, `abandon` and `close` together.
     The state is a flax.struct.dataclass with an int32 field `step`; every other field that is not None is one item.
     """
 
@@ -58,37 +59,41 @@ class StageCheckpoints:
         self._read_only = read_only
         self._manager: ocp.CheckpointManager | None = None
         self._saving = 0
+        self._known: list[int] = []
+        """On all but the main process: the complete checkpoints, and some that have been deleted since."""
+        self._known = processes.on_main(lambda: self._open(keep, keep_every))
+
+    def _open(self, keep: int, keep_every: int) -> list[int]:
+        read_only = self._read_only
         if read_only and not self.directory.is_dir():
-            return  # nothing was ever saved
+            return []  # nothing was ever saved
         stay = [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
-            save_decision_policy=policies.FixedIntervalPolicy(save_every)
-            if save_every
-            else policies.SpecificStepsPolicy(()),
             preservation_policy=policies.AnyPreservationPolicy(stay),
             cleanup_tmp_directories=not read_only,
             save_interval_steps=0 if read_only else 1,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             read_only=read_only,
             create=False,
+            multiprocessing_options=_of_processes(),
         )
         try:
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                damaged = _remove_torn(self.directory, keep_every) if meshes.is_main() else ""
-                if meshes.any_process(bool(damaged)):
-                    raise CheckpointError(damaged or f"Process 0 cannot open {self.directory}; see its message.")
+                if damaged := _remove_torn(self.directory, keep_every):
+                    raise CheckpointError(damaged)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
-            raise CheckpointError(_explain(error, "open", self.directory)) from error
+            raise CheckpointError(messages.explain(error, "open", self.directory)) from error
+        return self.all()
 
     def latest(self) -> int | None:
         """Updates done at the newest complete checkpoint; None where there is none."""
-        return None if self._manager is None else self._manager.latest_step()
+        return max(self.all(), default=None)
 
     def all(self) -> list[int]:
         """Updates done at every complete checkpoint, oldest first."""
-        return [] if self._manager is None else sorted(self._manager.all_steps())
+        return self._known if self._manager is None else sorted(self._manager.all_steps())
 
     def save(self, state: Any, meta: dict[str, Any] | None = None, *, force: bool = False) -> bool:
         """Save `state` if its update number is due (a multiple of save_every) or `force`; True if it was.
@@ -96,17 +101,29 @@ class StageCheckpoints:
         meta: JSON values. Returns when the arrays are copied; the writing goes on in the background. An error of an
         earlier background write is raised here. Never replaces a checkpoint that exists.
         """
-        manager = self._writable()
+        if self._read_only:
+            raise CheckpointError(f"The checkpoints in {self.directory} were opened for reading only.")
         step = int(state.step)
-        if step in manager.all_steps():
+        due = force or bool(self.save_every and step % self.save_every == 0)
+        if not due or step in self.all():
             return False
-        self._check_room(state)
-        items = {name: ocp.args.StandardSave(trees.to_dict(tree)) for name, tree in _items(state).items()}
-        args = ocp.args.Composite(**items, **{META: ocp.args.JsonSave({**(meta or {}), "step": step})})
+        items = {name: trees.to_dict(tree) for name, tree in _items(state).items()}
+        if jax.process_count() > 1:
+            items = meshes.to_main(items)
+        saved = processes.on_main(lambda: self._begin(step, items, {**(meta or {}), "step": step}))
+        self._known = [*self._known, step]
+        return saved
+
+    def _begin(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> bool:
+        assert self._manager is not None
+        self._check_room(items)
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self.wait()
         self._saving = step
         try:
-            return manager.save(step, args=args, force=force)
+            return self._manager.save(
+                step, args=ocp.args.Composite(**args, **{META: ocp.args.JsonSave(meta)}), force=True
+            )
         except Exception as error:
             raise self._failed_save(error) from error
 
@@ -115,18 +132,19 @@ class StageCheckpoints:
 
         Raises CheckpointError where there is none, where it is damaged, or where its tensors are not those of `like`.
         """
-        step = self._newest()
+        step = processes.on_main(self._newest)
         like = _placed(like)
         items = _items(like)
-        self._verify(step, [*items, META])
-        saved = {path.name for path in (self.directory / str(step)).iterdir() if path.is_dir()}
-        self._compare(step, items | {name: {} for name in sorted(saved - items.keys() - {META})})
-        args = {name: ocp.args.StandardRestore(trees.to_dict(tree)) for name, tree in items.items()}
+
+        def check() -> None:
+            self._verify(step, [*items, META])
+            saved = {path.name for path in (self.directory / str(step)).iterdir() if path.is_dir()}
+            self._compare(step, items | {name: {} for name in sorted(saved - items.keys() - {META})})
+
+        restored, meta = self._read(step, items, check)
         sharding = like.step.sharding
-        restored = self._read(step, {**args, META: ocp.args.JsonRestore()})
-        fields = {name: trees.from_dict(tree, restored[name]) for name, tree in items.items()}
-        fields["step"] = jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, like.step.dtype))
-        return dataclasses.replace(like, **fields), dict(restored[META])
+        restored["step"] = jax.make_array_from_callback((), sharding, lambda _: np.asarray(step, like.step.dtype))
+        return dataclasses.replace(like, **restored), meta
 
     def restore_params(self, like: Any, *, ema: bool = True, step: int | None = None, average: str = "") -> Any:
         """The parameters alone: the moving average where there is one (and `ema`), otherwise the parameters.
@@ -134,17 +152,26 @@ class StageCheckpoints:
         like: abstract parameters, with shardings. step: which checkpoint, by default the newest. average: the name of
         one of the further averages, instead. Reads this one item and nothing else.
         """
-        step = self._chosen(step)
         like = _placed(like)
-        if average:
-            return self._average(step, like, average)
-        has_ema = ema and (self.directory / str(step) / "ema").is_dir()
-        name = "ema" if has_ema else "params"
-        self._verify(step, [name])
-        self._compare(step, {name: like})
-        return trees.from_dict(like, self._read(step, {name: ocp.args.StandardRestore(trees.to_dict(like))})[name])
 
-    def _average(self, step: int, like: Any, average: str) -> Any:
+        def choose() -> tuple[int, str, list[str]]:
+            chosen = self._chosen(step)
+            if average:
+                return chosen, "averages", self._averages(chosen, average)
+            return chosen, "ema" if ema and (self.directory / str(chosen) / "ema").is_dir() else "params", []
+
+        chosen, name, known = processes.on_main(choose)
+        wanted = dict.fromkeys(known, like) if average else like
+
+        def check() -> None:
+            self._verify(chosen, [name])
+            self._compare(chosen, {name: wanted})
+
+        found = self._read(chosen, {name: wanted}, check, with_meta=False)[0][name]
+        return found[average] if average else found
+
+    def _averages(self, step: int, average: str) -> list[str]:
+        """The names of the further averages of a checkpoint, `average` among them."""
         self._verify(step, ["averages"])
         known = sorted({path.split("/")[0] for path in self._tensors(step, "averages")})
         if average not in known:
@@ -152,16 +179,40 @@ class StageCheckpoints:
                 f"The checkpoint {self.directory / str(step)} has no average {average!r}; it has "
                 f"{', '.join(known) or 'none beside the usual one'}."
             )
-        wanted = {"averages": dict.fromkeys(known, like)}
-        self._compare(step, wanted)
-        args = {"averages": ocp.args.StandardRestore(trees.to_dict(wanted["averages"]))}
-        return trees.from_dict(wanted["averages"], self._read(step, args)["averages"])[average]
+        return known
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The meta of a checkpoint, by default of the newest."""
-        step = self._chosen(step)
-        self._verify(step, [META])
-        return dict(self._read(step, {META: ocp.args.JsonRestore()})[META])
+
+        def read() -> dict[str, Any]:
+            chosen = self._chosen(step)
+            self._verify(chosen, [META])
+            return dict(self._restored(chosen, {META: ocp.args.JsonRestore()})[META])
+
+        return processes.on_main(read)
+
+    def _read(
+        self, step: int, items: dict[str, Any], check: Callable[[], None], *, with_meta: bool = True
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Items of a checkpoint, placed as their trees say, and its meta. First the main process calls `check`."""
+        several = jax.process_count() > 1
+        here: dict[str, Any] = {}
+
+        def read() -> dict[str, Any]:
+            check()
+            nested = {name: trees.to_dict(tree) for name, tree in items.items()}
+            if several:  # arrays of the host, from where they go to all devices
+                nested = jax.tree.map(_host, nested)
+            args: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in nested.items()}
+            here.update(self._restored(step, {**args, **({META: ocp.args.JsonRestore()} if with_meta else {})}))
+            return dict(here[META]) if with_meta else {}
+
+        meta = processes.on_main(read)
+        found = {}
+        for name, tree in items.items():
+            read_here = trees.from_dict(tree, here[name]) if here else tree
+            found[name] = jax.tree.map(_sent, read_here, tree) if several else read_here
+        return found, meta
 
     def wait(self) -> None:
         """Return when everything saved so far is on disk. Raises CheckpointError if it could not be written."""
@@ -197,34 +248,25 @@ class StageCheckpoints:
 
     def _seal(self) -> None:
         """Called by Orbax when the files of the checkpoint that is being saved are there, before it appears."""
-        if meshes.is_main():
-            hidden = [*self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self.directory / str(self._saving)]
-            checksums.write(hidden[0])
+        hidden = [*self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self.directory / str(self._saving)]
+        checksums.write(hidden[0])
 
     def _verify(self, step: int, items: Iterable[str]) -> None:
         try:
             checksums.check(self.directory / str(step), items)
         except checksums.Damaged as error:
-            raise CheckpointError(_damaged(self.directory / str(step), str(error))) from error
+            raise CheckpointError(messages.damaged(self.directory / str(step), str(error))) from error
         except OSError as error:
-            raise CheckpointError(_unreadable(self.directory / str(step), error)) from error
+            raise CheckpointError(messages.unreadable(self.directory / str(step), error)) from error
 
-    def _writable(self) -> ocp.CheckpointManager:
-        if self._manager is None or self._read_only:
-            raise CheckpointError(f"The checkpoints in {self.directory} were opened for reading only.")
-        return self._manager
-
-    def _check_room(self, state: Any) -> None:
-        """Refuse before anything is written where the disk has less room than the arrays take.
-
-        Single process only: processes that see different numbers would part ways here.
-        """
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    def _check_room(self, items: dict[str, Any]) -> None:
+        """Refuse before anything is written where the disk has less room than the arrays take."""
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
         free = shutil.disk_usage(self.directory).free
-        if jax.process_count() == 1 and free < need:
+        if free < need:
             raise CheckpointError(
                 f"Cannot write a checkpoint in {self.directory}: the disk is full ({need / 1e6:.1f} MB needed, "
-                f"{free / 1e6:.1f} MB free). Free some space. {KEPT}"
+                f"{free / 1e6:.1f} MB free). Free some space. {messages.KEPT}"
             )
 
     def _newest(self) -> int:
@@ -243,12 +285,12 @@ class StageCheckpoints:
             )
         return step
 
-    def _read(self, step: int, args: dict[str, Any]) -> Any:
+    def _restored(self, step: int, args: dict[str, Any]) -> Any:
         assert self._manager is not None  # _newest() found a checkpoint through it
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:
-            raise CheckpointError(_unreadable(self.directory / str(step), error)) from error
+            raise CheckpointError(messages.unreadable(self.directory / str(step), error)) from error
 
     def _compare(self, step: int, items: dict[str, Any]) -> None:
         """Every tensor of `items` must be in the checkpoint with its shape and dtype, and no other."""
@@ -273,16 +315,15 @@ class StageCheckpoints:
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path)
             return trees.flat(getattr(metadata, "item_metadata", metadata).tree)
         except Exception as error:
-            raise CheckpointError(_unreadable(self.directory / str(step), error)) from error
+            raise CheckpointError(messages.unreadable(self.directory / str(step), error)) from error
 
     def _failed_save(self, error: Exception) -> CheckpointError:
         """Say why, after removing what the failed write left (a full disk needs the room)."""
-        if jax.process_count() == 1:
-            for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
-            if self._manager is not None:
-                self._manager.reload()  # it counts a checkpoint from the moment its writing began
-        return CheckpointError(_explain(error, "write", self.directory))
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if self._manager is not None:
+            self._manager.reload()  # it counts a checkpoint from the moment its writing began
+        return CheckpointError(messages.explain(error, "write", self.directory))
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -299,6 +340,24 @@ def _placed(like: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or here)
 
     return jax.tree.map(place, like)
+
+
+def _host(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """What Orbax takes for "an array of the host of this shape": one of no size."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+
+
+def _sent(leaf: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A tensor of the main process, placed as `like` says, on every process."""
+    host = leaf if isinstance(leaf, np.ndarray) else _host(like)
+    return meshes.place(processes.from_main(host), like.sharding)
+
+
+def _of_processes() -> MultiprocessingOptions:
+    """Of several processes the main one alone saves and reads, without waiting for the others."""
+    if jax.process_count() == 1:
+        return MultiprocessingOptions()
+    return MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="main")
 
 
 def _shape(leaf: Any) -> str:
@@ -319,48 +378,6 @@ def _remove_torn(directory: Path, keep_every: int) -> str:
     for step in sorted(steps.keys() - set(complete)):
         was_to_stay = step > max(complete, default=-1) or (keep_every and step % keep_every == 0)
         if was_to_stay or checksums.are_right(steps[step]):
-            return _damaged(steps[step], f"its file {COMMITTED} is missing")
+            return messages.damaged(steps[step], f"its file {COMMITTED} is missing")
         shutil.rmtree(steps[step], ignore_errors=True)
     return ""
-
-
-def _damaged(checkpoint: Path, why: str) -> str:
-    return f"The checkpoint {checkpoint} is damaged: {why}. {_AWAY}"
-
-
-def _unreadable(checkpoint: Path, error: Exception) -> str:
-    """What cannot be read need not be damaged."""
-    return (
-        f"The checkpoint {checkpoint} cannot be read: {_first_line(error)}. If the disk or the network fails, put it "
-        f"right and start the same command again. {_AWAY}"
-    )
-
-
-_AWAY = "Move that directory away to continue from the checkpoint before it, if there is one."
-
-
-def _explain(error: BaseException, doing: str, directory: Path) -> str:
-    """One message for a person out of an error of the file system, however deep Orbax wrapped it."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    numbers = {e.errno for e in chain if isinstance(e, OSError)}
-    text = " ".join(str(e) for e in chain)
-    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or any(
-        os.strerror(n) in text for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    ):
-        return f"Cannot {doing} a checkpoint in {directory}: the disk is full. Free some space. {KEPT}"
-    if numbers & {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}:
-        return (
-            f"Cannot {doing} a checkpoint in {directory}: {_first_line(error)}. "
-            "Choose a workdir that is a directory and that this user may write."
-        )
-    others = "" if jax.process_count() == 1 else "Has another process of the run ended? See its own message. "
-    return f"Cannot {doing} a checkpoint in {directory}: {type(error).__name__}: {_first_line(error)}. {others}{KEPT}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

@@ -25,6 +25,16 @@ class ProcessLost(TrainingError):
     """Another process of the run has ended or cannot be reached. Checkpoints that were complete stay intact."""
 
 
+class OtherProcessFailed(TrainingError):
+    """This process had no fault, but another one of the run had, and says itself which."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Stopped, since another process of this run failed: see its message. What was saved before is kept; put it "
+            "right and start the same command again."
+        )
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and did so after saving update `update`. Not an error: the same command continues."""
 

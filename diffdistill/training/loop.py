@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.errors import Interrupted, NonFiniteLoss, ProcessLost
 from diffdistill.training.interrupt import Interrupt, catch_signals
@@ -300,7 +301,7 @@ def _check_state(state: State, stage: str, update: int, num_updates: int, checkp
         digest = hashlib.blake2b(str(update).encode())
         for leaf in params:
             digest.update(np.ascontiguousarray(leaf).data)
-        meshes.assert_same(
+        processes.assert_same(
             digest.hexdigest(),
             f"the parameters of stage {stage} after update {update}",
             "they were not saved. A device, memory or network of these may be broken: leave that host out and start "

@@ -1,13 +1,11 @@
-"""Devices and processes. The only file of the project that knows how many of either there are.
+"""Devices: how many there are, and what lies on which. No other file knows.
 
 Data parallelism over every device of every process: one mesh axis, the batch sharded along it, everything else
 replicated. `jax.jit` sees global arrays and inserts the collectives itself, so a mean over the batch is the mean over
 the whole batch, a random draw is the same draw on 1, 2 or 8 devices, and no method ever says `pmean`.
 """
 
-import contextlib
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,41 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from diffdistill.training.errors import ProcessesDisagree, ProcessLost
+from diffdistill.training import processes
 
 AXIS = "data"
 """Name of the one mesh axis."""
 
 SPREAD = ("optimizer", "ema", "averages")
 """Fields of training states that `state_sharding` spreads over the devices."""
-
-HEARTBEAT_SECONDS = 30
-"""After so long without a sign of life from a process of the job, JAX ends the others."""
-
-
-def initialize(
-    distributed: bool,
-    *,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
-    """Join the other processes of a job. Call before anything touches a device; does nothing unless `distributed`.
-
-    coordinator: "host:port" of process 0; None lets JAX read the cluster environment (SLURM, MPI, Cloud TPU, ...).
-    Raises ValueError where the other processes cannot be found: never falls back to a lonely run.
-    """
-    if not distributed:
-        return
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            "A run on several processes was asked for, but the others could not be joined "
-            f"(coordinator={coordinator!r}, num_processes={num_processes}, process_id={process_id}): {error}. "
-            "Outside a known cluster give all three (coordinator as host:port of process 0), start every process "
-            "with its own process_id, and touch no device before; for one process leave the flag away."
-        ) from error
 
 
 def make_mesh(num_devices: int = 0) -> Mesh:
@@ -67,11 +37,6 @@ def describe(mesh: Mesh) -> str:
     processes = jax.process_count()
     where = f" in {processes} processes" if processes > 1 else ""
     return f"{mesh.size} x {mesh.devices.flat[0].device_kind}{where}"
-
-
-def is_main() -> bool:
-    """True on the one process that writes logs, metrics and pictures."""
-    return jax.process_index() == 0
 
 
 def is_accelerator(mesh: Mesh) -> bool:
@@ -138,15 +103,6 @@ def all_rows(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def wait_for_all(where: str) -> None:
-    """Returns once every process has come here. No-op on a single process."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(where)
-
-
 def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:
     """`tree` on every device; see `place`."""
     return place(tree, replicated(mesh), copy=copy)
@@ -211,56 +167,22 @@ def per_device_flag(mesh: Mesh, flag: bool) -> jax.Array:
     return jax.make_array_from_process_local_data(batch_sharding(mesh), local)
 
 
-def assert_same(value: str, what: str, advice: str = "start all of them with the same command and files.") -> None:
-    """Refuses to go on where processes hold different text: ProcessesDisagree naming `what`. No-op on a single one."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
-    with _shared():
-        gathered = np.asarray(multihost_utils.process_allgather(digest))
-    differing = [str(process) for process, row in enumerate(gathered) if (row != gathered[0]).any()]
-    if differing:
-        raise ProcessesDisagree(
-            f"The processes of this run disagree on {what} (not as in process 0: {', '.join(differing)}): {advice}"
-        )
-
-
 def fetch(tree: Any) -> Any:
     """The values of arrays on the host. Raises ProcessLost where a computation failed that several processes share."""
-    with _shared():
+    with processes.shared():
         return jax.device_get(tree)
 
 
-@contextlib.contextmanager
-def _shared() -> Iterator[None]:
-    """Translates the failure of something that several processes do together."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        raise ProcessLost(
-            f"A computation that {jax.process_count()} processes share has failed: another of them has probably ended; "
-            f"see its own message ({str(error).splitlines()[0][:200]}). Checkpoints that were complete before are "
-            "intact; start the same command on all hosts again to continue."
-        ) from error
-
-
-def from_main(values: np.ndarray) -> np.ndarray:
-    """The main process's `values` (same shape and dtype everywhere) on every process: one decides, all act alike."""
-    if jax.process_count() == 1:
-        return values
+def to_main(tree: Any) -> Any:
+    """A private copy of all values on the host of the main process; elsewhere None. All processes call it together."""
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+    def whole(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.array(leaf) if processes.is_main() else None
+        found = multihost_utils.process_allgather(leaf, tiled=True)  # a tensor that is spread over them
+        return np.array(found) if processes.is_main() else None
 
-
-def any_process(flag: bool) -> bool:
-    """True on every process where `flag` is true on any. All processes must call it."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+    with processes.shared():
+        found = jax.tree.map(whole, tree)
+    return found if processes.is_main() else None

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.errors import MetricsError
 
 FLUSH_SECONDS = 20.0
@@ -35,7 +35,7 @@ class MetricWriter:
         self._path = Path(directory) / "metrics.jsonl"
         self._file: TextIO | None = None
         self._events: _Events | None = None
-        if not meshes.is_main():
+        if not processes.is_main():
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 
 
 class Progress(Protocol):
@@ -28,7 +28,7 @@ def make_progress(
     `unit`: what is counted from `start` to `num_updates`, such as "update" or "image".
     """
     out = sys.stderr if stream is None else stream
-    if not meshes.is_main():
+    if not processes.is_main():
         return Silent()
     if out.isatty():
         return Bar(stage, start, num_updates, out, unit)

@@ -15,6 +15,7 @@ from diffdistill.data.contract import DataError
 from diffdistill.evaluation import metrics, moments, stream
 from diffdistill.evaluation.stream import Chunk, ImageStatistics, Partial
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 
 NUM, ROWS = 90, 16
@@ -176,9 +177,9 @@ def test_features_that_are_not_finite_are_refused_by_the_numbers_of_their_images
 
 def test_where_another_process_fails_this_one_stops_too(tmp_path, monkeypatch):
     """Rather than wait for ever. Its own fault comes with its own message."""
-    original = meshes.any_process
-    monkeypatch.setattr(meshes, "any_process", lambda flag: original(True))
-    with pytest.raises(stream.OtherProcessFailed, match="another process of this job failed: see its message"):
+    original = processes.any_process
+    monkeypatch.setattr(processes, "any_process", lambda flag: original(True))
+    with pytest.raises(stream.OtherProcessFailed, match="another process of this run failed: see its message"):
         accumulate(tmp_path)
 
     def broken(first):
@@ -187,7 +188,7 @@ def test_where_another_process_fails_this_one_stops_too(tmp_path, monkeypatch):
 
     with pytest.raises(stream.OtherProcessFailed):
         accumulate(tmp_path, broken)
-    monkeypatch.setattr(meshes, "any_process", original)
+    monkeypatch.setattr(processes, "any_process", original)
     with pytest.raises(DataError, match="image 32 is damaged"):
         accumulate(tmp_path, broken)
 

@@ -189,7 +189,7 @@ def run_seed() -> dict[str, bytes]:
 
     with tempfile.TemporaryDirectory() as folder:
         config = configs.resolve(digits.get_config("smoke"))
-        workdir.create(folder, config, DataFacts((8, 8, 1), 10), "f" * 64, write=True)
+        workdir.create(folder, config, DataFacts((8, 8, 1), 10), "f" * 64)
         return {"config.json": (Path(folder) / "config.json").read_bytes()}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from diffdistill.training import mesh
+from diffdistill.training import mesh, processes
 
 
 def test_one_auto_axis_over_all_devices():
@@ -15,7 +15,7 @@ def test_one_auto_axis_over_all_devices():
     assert devices.size == jax.device_count()
     assert devices.axis_types == (AxisType.Auto,)
     assert "cpu" in mesh.describe(devices)
-    assert mesh.is_main()
+    assert processes.is_main()
 
 
 @pytest.mark.parametrize("source", ["numpy", "jax", "placed"])
@@ -58,6 +58,6 @@ def test_process_slice(monkeypatch):
 
 
 def test_several_processes_are_asked_for_or_refused():
-    mesh.initialize(False)  # nothing to do
+    processes.initialize(False)  # nothing to do
     with pytest.raises(ValueError, match="could not be joined"):
-        mesh.initialize(True)
+        processes.initialize(True)

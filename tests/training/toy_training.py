@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffdistill.training import interrupt as interrupts
-from diffdistill.training import loop, mesh
+from diffdistill.training import loop, mesh, processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.metrics import MetricWriter
 from diffdistill.training.state import Optimization, TrainState, Updater
@@ -137,7 +137,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.process:
         port, count, identity = args.process
-        mesh.initialize(True, coordinator=f"127.0.0.1:{port}", num_processes=count, process_id=identity)
+        processes.initialize(True, coordinator=f"127.0.0.1:{port}", num_processes=count, process_id=identity)
     start, stop = mesh.process_slice(BATCH)
     interrupted = 0
 
