@@ -20,7 +20,7 @@ def get_config(folder: str = "") -> Any:
         raise ValueError("configs/workdir.py needs the folder of a run: --config=configs/workdir.py:FOLDER.")
     config = default_config()
     config.unlock()
-    config.update(ConfigDict(_tuples(to_dict(workdir.read(folder).config))))
+    config.update(ConfigDict(_tuples(to_dict(workdir.read_alone(folder).config))))
     config.lock()
     return config
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from diffdistill.command_flags import parse
-from diffdistill.modes import MODES, import_file
+from diffdistill.modes import IN_WORKDIR, MODES, import_file
 from diffdistill.terminal import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, fail, say, stopped
 
 FLAGS = flags.FLAGS
@@ -70,7 +70,7 @@ def _main(arguments: list[str]) -> None:
         fail(
             f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
         )
-    from diffdistill import compilation
+    from diffdistill import compilation, store
     from diffdistill.config import ConfigError
     from diffdistill.data.contract import DataError
     from diffdistill.evaluation.published import TableError
@@ -101,7 +101,9 @@ def _main(arguments: list[str]) -> None:
             if not FLAGS.distributed:
                 compilation.use_cache()
             mode = functools.partial(import_file, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
-            mode(interrupt)
+            needs_workdir = FLAGS.mode in IN_WORKDIR
+            with store.kept(FLAGS.workdir, say) if needs_workdir else contextlib.nullcontext("") as FLAGS.workdir:
+                mode(interrupt)
             if FLAGS.mode in ("run", "train", "evaluate", "benchmark") and compilation.counted():
                 say(compilation.counted())
         except (Interrupted, EvaluationInterrupted) as stop:
@@ -119,6 +121,7 @@ def _main(arguments: list[str]) -> None:
             StatisticsError,
             FeaturesError,
             WeightsError,
+            store.StoreError,
         ) as error:
             fail(str(error), EXIT_FAILED)
         except OSError as error:

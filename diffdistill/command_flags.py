@@ -40,7 +40,9 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file(
         "config", str(DEFAULT_CONFIG), "Config file, optionally file.py:row; fields with --config.x.y=z."
     )
-    flags.DEFINE_string("workdir", "", "Folder of the run (default runs/<name of the config>).")
+    flags.DEFINE_string(
+        "workdir", "", "Folder of the run, or its address, such as gs://bucket/run (default runs/<name of the config>)."
+    )
     flags.DEFINE_string("stage", "", "sample, trajectory: the stage (default the last finished one, and one_step).")
     flags.DEFINE_integer(
         "steps",

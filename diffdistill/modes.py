@@ -323,3 +323,6 @@ MODES: dict[str, Callable[[Any], None]] = {
     "analyse": _analyse,
     "trajectory": _trajectory,
 }
+
+IN_WORKDIR = ("run", "train", "evaluate", "sample", "import", "transfer", "tune-variance", "analyse", "trajectory")
+"""The modes that work in the folder of a run."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffdistill import chain, runner, samplers, workdir
 from diffdistill.chain import Stage
 from diffdistill.data.latents import scaling
+from diffdistill.data.remote import is_remote
 from diffdistill.generator import Generator, SampleError
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
@@ -33,7 +34,7 @@ def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
     """A trained model, ready to sample: ``diffdistill.load("runs/digits").sample(10, w=1.0).images``.
 
     Args:
-      path: the workdir of a run, or the folder of one of its stages.
+      path: the workdir of a run, also at an address such as gs://bucket/run, or the folder of one of its stages.
       stage: name of a stage of that run; by default the one that `path` is, or the last finished one.
 
     Raises:
@@ -46,6 +47,8 @@ def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
 
 def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]:
     """(the run, the name of its stage) of a workdir or the folder of a stage in it. Raises WorkdirError."""
+    if is_remote(path):
+        return workdir.read(path), stage
     folder = Path(path)
 
     def is_stage() -> bool:

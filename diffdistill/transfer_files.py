@@ -12,6 +12,7 @@ import numpy as np
 from diffdistill import chain, runner, sample
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
+from diffdistill.data.remote import is_remote
 from diffdistill.data.unlabelled import open_unlabelled
 from diffdistill.evaluate import params_hash
 from diffdistill.evaluation import features, images
@@ -187,7 +188,8 @@ def _class(generator: Generator, label: str) -> int:
 def _stage(folder: Workdir, name: str) -> tuple[Workdir, str]:
     """(run, stage) of a stage's name, or of the path of another run's."""
     own = {stage.name for stage in chain.plan(folder.config)}
-    return sample.locate(name) if name not in own and Path(name).is_dir() else (folder, name)
+    elsewhere = name not in own and (is_remote(name) or processes.on_main(lambda: Path(name).is_dir()))
+    return sample.locate(name) if elsewhere else (folder, name)
 
 
 def _pictures(source: Source, path: str, label: int, num: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from diffdistill import config as configs
 from diffdistill import fields
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
-from diffdistill.data.remote import is_remote
+from diffdistill.data import remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.training import processes
@@ -73,10 +73,10 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
     Raises:
       WorkdirError: the folder cannot be written, or holds a run of another config or of other data.
     """
-    if is_remote(path):
+    if remote.is_remote(path):
         raise WorkdirError(
-            f"The workdir {path} is an address, but runs are written to a file system: mount the bucket (gcsfuse, "
-            "s3fs, mountpoint-s3) and give the path. Data may be given by address."
+            f"The workdir {path} is an address, but a run works in a folder: use the one of "
+            "diffdistill.store.kept(address), as main.py does."
         )
     folder = Path(os.path.abspath(path))
     record = {
@@ -113,14 +113,29 @@ def _begin(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Workdir:
-    """Opens the folder of a run for reading. Of several processes all call it, and the main one alone looks at it.
+    """Opens the folder of a run for reading, of an address a copy (data.remote).
+
+    Of several processes all call it, and the main one alone looks at the folder.
 
     Raises:
+      DataError: nothing is at an address, or it cannot be read.
       WorkdirError: there is no run, or its config.json is damaged.
     """
-    folder = Path(os.path.abspath(path))
-    file = folder / "config.json"
-    record = processes.on_main(lambda: _of_a_run(file))
+    folder, record = processes.on_main(lambda: _located(path))
+    return _opened(folder, record)
+
+
+def read_alone(path: str | os.PathLike[str]) -> Workdir:
+    """The same as `read` by one process, which finds the folder itself, before it joins any others."""
+    return _opened(*_located(path))
+
+
+def _located(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    folder = remote.local(str(path)) if remote.is_remote(path) else Path(os.path.abspath(path))
+    return folder, _of_a_run(folder / "config.json")
+
+
+def _opened(folder: Path, record: dict[str, Any]) -> Workdir:
     try:
         data = record["data"]
         facts = DataFacts(
@@ -128,6 +143,7 @@ def read(path: str | os.PathLike[str]) -> Workdir:
         )
         return Workdir(folder, configs.resolve(record["config"]), facts, data["fingerprint"] is not None)
     except (KeyError, TypeError, configs.ConfigError) as error:
+        file = folder / "config.json"
         raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
 
 

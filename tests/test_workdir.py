@@ -123,8 +123,8 @@ def test_a_damaged_or_missing_record_is_refused(copied):
         runner.prepare(smoke(), str(copied))
 
 
-def test_an_address_is_no_workdir(smoke_run):
-    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*mount the bucket"):
+def test_an_address_is_no_folder(smoke_run):
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*use the one of diffdistill.store.kept"):
         workdir.create("gs://bucket/run", smoke_run.run.config, smoke_run.run.facts, None)
 
 

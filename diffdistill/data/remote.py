@@ -36,22 +36,7 @@ def local(url: str) -> Path:
     Raises:
       DataError: a kind of address that is not known or lacks its package, nothing there, no access, a full disk.
     """
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-        found = _listing(files, root)
-    except (ImportError, ValueError) as error:
-        package = _PACKAGES.get(scheme)
-        advice = (
-            f"install it with: pip install {package}" if package else "give a path, or an address that fsspec knows"
-        )
-        raise DataError(f"{url} cannot be opened ({error}); {advice}") from error
-    except Exception as error:  # every store has its own errors
-        raise DataError(
-            f"{url} cannot be listed ({error}); check the address, the network and the credentials"
-        ) from error
+    files, root, found = connect(url)
     if not found:
         raise DataError(f"{url} does not exist, or is empty; check the address")
     name = posixpath.basename(root.rstrip("/")) or "data"
@@ -63,6 +48,47 @@ def local(url: str) -> Path:
         advice = "make room" if full else "check the network and the credentials"
         raise DataError(f"{url} cannot be copied to {target} ({error}); {advice}, and start again") from error
     return target
+
+
+def connect(url: str) -> tuple[Any, str, dict[str, list[Any]]]:
+    """(the file system of an address, the path in it, size and tags of all files below that by their name there).
+
+    The name is empty where the address is that of a file; nothing is listed where nothing is there. Raises DataError.
+    """
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        files, root = fsspec.core.url_to_fs(url, **({"auto_mkdir": True} if scheme == "file" else {}))
+        files.invalidate_cache()
+        return files, root, _listing(files, root)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(scheme)
+        advice = (
+            f"install it with: pip install {package}" if package else "give a path, or an address that fsspec knows"
+        )
+        raise DataError(f"{url} cannot be opened ({error}); {advice}") from error
+    except Exception as error:  # every store has its own errors
+        raise DataError(
+            f"{url} cannot be listed ({error}); check the address, the network and the credentials"
+        ) from error
+
+
+def get(files: Any, address: str, size: int | None, file: Path) -> None:
+    """Fetches one file of so many bytes, whole or not at all. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
+    try:
+        files.get_file(address, str(part))
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"{address} has {part.stat().st_size} bytes, not {size} as listed")
+        os.replace(part, file)
+    except OSError:
+        raise
+    except Exception as error:  # every store has its own errors
+        raise OSError(f"{address}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _listing(files: Any, root: str) -> dict[str, list[Any]]:
@@ -106,26 +132,13 @@ def _fetch_alone(files: Any, root: str, found: dict[str, list[Any]], target: Pat
 
     done: set[str] = set()
 
-    def get(number: int) -> None:
+    def get_number(number: int) -> None:
         name = changed[number]
-        file = target / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
-        try:
-            files.get_file(posixpath.join(root, name) if name else root, str(part))
-            if (size := found[name][0]) is not None and part.stat().st_size != size:
-                raise OSError(f"{name or url} has {part.stat().st_size} bytes, not {size} as listed")
-            os.replace(part, file)
-            done.add(name)
-        except OSError:
-            raise
-        except Exception as error:  # every store has its own errors
-            raise OSError(f"{name or url}: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        get(files, posixpath.join(root, name) if name else root, found[name][0], target / name)
+        done.add(name)
 
     try:
-        for_each(get, len(changed), f"fetching {url}")
+        for_each(get_number, len(changed), f"fetching {url}")
     finally:  # what a broken fetch has brought stays
         there = {name: facts for name, facts in found.items() if name in kept or name in done}
         listing.write_text(json.dumps(there), encoding="utf-8")

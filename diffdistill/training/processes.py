@@ -52,15 +52,6 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(where: str) -> None:
-    """Returns once every process has come here. No-op on a single process."""
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(where)
-
-
 def assert_same(value: str, what: str, advice: str = "start all of them with the same command and files.") -> None:
     """Refuses to go on where processes hold different text: ProcessesDisagree naming `what`. No-op on a single one."""
     if jax.process_count() == 1:

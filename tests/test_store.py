@@ -1,0 +1,290 @@
+"""A run at an address: what lies there is at any moment a run that another machine can continue.
+
+fsspec's memory:// stands for an object store; a machine is a cache folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from diffdistill import store
+from diffdistill.data import DataError
+from diffdistill.store import Store, StoreError
+from diffdistill.training import checksums
+from diffdistill.training.checkpoints import COMMITTED
+
+BUCKET = fsspec.filesystem("memory")
+URL = "memory://bucket/run"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Goes to a machine, by number; the bucket is empty at first."""
+
+    def go(number: int) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine_{number}"))
+
+    go(1)
+    yield go
+    if BUCKET.exists("/bucket"):
+        BUCKET.rm("/bucket", recursive=True)
+
+
+def opened() -> Store:
+    opened = Store(URL)
+    opened.open()
+    return opened
+
+
+def say_nothing(text: str) -> None:
+    pass
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+def train(folder: Path, updates: range) -> None:
+    """A run that saves at every update, and keeps two checkpoints."""
+    write(folder, "config.json", f'{{"starts": {len(updates)}}}')
+    for update in updates:
+        lines = [json.dumps({"step": step}) for step in range(1, update + 1)]
+        write(folder, "metrics.jsonl", "\n".join(lines))
+        checkpoint = folder / "teacher" / str(update)
+        for item in ("params", "ema"):
+            write(checkpoint, f"{item}/d/array", f"{item} after {update}")
+        checksums.write(checkpoint)
+        write(checkpoint, COMMITTED, "complete")
+        shutil.rmtree(folder / "teacher" / str(update - 2), ignore_errors=True)
+
+
+def at_address() -> dict[str, str]:
+    prefix = "/bucket/run/"
+    names = {path: path.removeprefix(prefix) for path in BUCKET.find("/bucket/run")}
+    return {name: BUCKET.cat_file(path).decode() for path, name in names.items() if name != ".diffdistill-session"}
+
+
+def in_folder(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_copied_and_found_by_another_machine(machine):
+    said: list[str] = []
+    with store.kept(URL, said.append) as path:
+        folder = Path(path)
+        train(folder, range(1, 4))
+        write(folder, "teacher/4.orbax-checkpoint-tmp/params/d/array", "half")
+        write(folder, "evaluation/.partial/x/complete", "hidden")
+    assert said == [f"{URL} is worked on in {folder}", f"{URL}: everything is copied"]
+    kept = {name: text for name, text in in_folder(folder).items() if "tmp" not in name and "partial" not in name}
+    assert at_address() == kept
+    assert {name.split("/")[1] for name in kept if name.startswith("teacher")} == {"2", "3"}
+
+    machine(2)
+    with store.kept(URL, say_nothing) as path:
+        assert path != str(folder)
+        assert in_folder(Path(path)) == kept
+        train(Path(path), range(4, 6))
+    assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"4", "5"}
+
+    machine(1)
+    with store.kept(URL, say_nothing) as path:
+        assert path == str(folder)
+        assert in_folder(folder) == at_address()
+
+
+def test_a_path_is_left_alone(tmp_path):
+    with store.kept(str(tmp_path / "run")) as path:
+        assert path == str(tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_what_is_new_is_copied(machine, monkeypatch):
+    put: list[str] = []
+    honest = type(BUCKET).put_file
+    monkeypatch.setattr(
+        type(BUCKET),
+        "put_file",
+        lambda self, path, to, **k: put.append(to.split("run/", 1)[1]) or honest(self, path, to),
+    )
+    one = opened()
+    train(one.folder, range(1, 3))
+    one.copy()
+    assert len(put) == 10
+    put.clear()
+    write(one.folder, "metrics.jsonl", "more\n")
+    train(one.folder, range(3, 4))
+    one.copy()
+    assert set(put[:2]) == {"config.json", "metrics.jsonl"}  # never older than a checkpoint beside them
+    assert set(put[2:5]) == {f"teacher/3/{name}" for name in ("params/d/array", "ema/d/array", "checksums.json")}
+    assert put[5:] == [f"teacher/3/{COMMITTED}"]
+    put.clear()
+    one.close(say_nothing)
+    with store.kept(URL, say_nothing):  # and nothing is fetched or copied again by the machine that has it
+        pass
+    assert put == []
+
+
+class Killed(BaseException):
+    """A kill, after which nothing runs."""
+
+
+@pytest.mark.parametrize("operations", range(24))
+def test_a_kill_at_any_moment_leaves_a_run_that_can_be_continued(machine, monkeypatch, operations):
+    """Of the calls that change the store only the first so many happen."""
+    one = opened()
+    train(one.folder, range(1, 3))
+    one.copy()
+    monkeypatch.setattr(store, "_in_parallel", lambda function, names: [function(name) for name in names])
+    train(one.folder, range(3, 5))
+    left = operations
+
+    def limited(name: str):
+        honest = getattr(type(BUCKET), name)
+
+        def call(self, *arguments, **more):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return honest(self, *arguments, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("put_file", "rm_file"):
+            patch.setattr(type(BUCKET), name, limited(name))
+        try:
+            one.copy()
+            assert operations >= 18
+        except Killed:
+            assert operations < 18
+    one._stop.set()
+    one._lock.close()
+
+    machine(2)
+    with store.kept(URL, say_nothing) as path:
+        there = [int(path.name) for path in (Path(path) / "teacher").iterdir()]
+        assert max(there) >= 2
+        for update in there:
+            assert (Path(path) / "teacher" / str(update) / COMMITTED).exists()
+            checksums.check(Path(path) / "teacher" / str(update), ["params", "ema"])
+        assert len((Path(path) / "metrics.jsonl").read_text().splitlines()) >= max(there)
+    assert in_folder(Path(path)) == at_address()  # and no torn checkpoint is left
+
+
+def test_the_machine_that_was_killed_goes_on_with_what_it_had_not_copied(machine):
+    one = opened()
+    train(one.folder, range(1, 3))
+    one.copy()
+    train(one.folder, range(3, 4))
+    one._stop.set()
+    one._lock.close()
+    with store.kept(URL, say_nothing) as path:
+        assert (Path(path) / "teacher" / "3").is_dir()
+    assert f"teacher/3/{COMMITTED}" in at_address()
+
+
+def test_of_two_machines_the_later_one_counts(machine):
+    one = opened()
+    train(one.folder, range(1, 3))
+    one.copy()
+    machine(2)
+    with store.kept(URL, say_nothing) as path:
+        train(Path(path), range(3, 4))
+    there = at_address()
+    train(one.folder, range(3, 5))
+    with pytest.raises(StoreError, match="Another program has opened memory://bucket/run"):
+        one.copy()
+    one._lock.close()
+    assert at_address() == there
+    machine(1)
+    with store.kept(URL, say_nothing) as path:
+        assert in_folder(Path(path)) == there
+
+
+def test_one_machine_works_on_it_once(machine):
+    one = opened()
+    with pytest.raises(StoreError, match="Another program on this machine works on"):
+        opened()
+    one.close(say_nothing)
+
+
+def test_damage_here_does_not_reach_the_address(machine):
+    one = opened()
+    train(one.folder, range(1, 4))
+    one.copy()
+    there = at_address()
+    (one.folder / "teacher/3" / COMMITTED).unlink()
+    (one.folder / "teacher/2/params/d/array").unlink()
+    one.copy()
+    assert at_address() == there
+    (one.folder / "config.json").unlink()
+    with pytest.raises(StoreError, match=r"has lost its config\.json"):
+        one.copy()
+    assert at_address() == there
+    one._lock.close()
+
+
+def test_files_that_are_no_run_are_left_alone(machine):
+    BUCKET.pipe_file("/bucket/run/thesis.pdf", b"years of work")
+    with (
+        pytest.raises(StoreError, match=r"memory://bucket/run holds files, such as thesis\.pdf, but no run"),
+        store.kept(URL, say_nothing),
+    ):
+        raise AssertionError
+    assert at_address() == {"thesis.pdf": "years of work"}
+
+
+def test_a_run_that_is_gone_from_its_address_stays_here(machine):
+    with store.kept(URL, say_nothing) as path:
+        train(Path(path), range(1, 2))
+    BUCKET.rm("/bucket/run", recursive=True)
+    with (
+        pytest.raises(StoreError, match="Nothing is at memory://bucket/run any more, but"),
+        store.kept(URL, say_nothing),
+    ):
+        raise AssertionError
+    assert (Path(path) / "config.json").exists()
+
+
+def test_a_store_that_fails_is_tried_again_and_named(machine, monkeypatch, capsys):
+    monkeypatch.setattr(store, "PERIOD", 0.01)
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
+    honest = type(BUCKET).put_file
+
+    def broken(self, *arguments, **more):
+        raise ConnectionError("no route to host")
+
+    one = opened()
+    monkeypatch.setattr(type(BUCKET), "put_file", broken)
+    train(one.folder, range(1, 2))
+    while "Warning" not in (said := capsys.readouterr().err):
+        pass
+    assert said.count("Warning") == 1
+    with pytest.raises(StoreError, match=r"cannot be copied there \(ConnectionError: no route to host\)"):
+        one.close(say_nothing)
+    monkeypatch.setattr(type(BUCKET), "put_file", honest)
+    with store.kept(URL, say_nothing):
+        pass
+    assert at_address() == in_folder(one.folder)
+
+    monkeypatch.setattr(type(BUCKET), "put_file", broken)
+
+    def fail() -> None:
+        with store.kept(URL, say_nothing) as path:
+            write(Path(path), "metrics.jsonl", "more")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # what went wrong first is said
+        fail()
+    assert "Warning: memory://bucket/run cannot be copied there" in capsys.readouterr().err
+
+
+def test_an_unknown_kind_of_address_is_named(machine):
+    with pytest.raises(DataError, match="nowhere://bucket/run cannot be opened"), store.kept("nowhere://bucket/run"):
+        raise AssertionError
