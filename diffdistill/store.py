@@ -95,7 +95,7 @@ class Store:
     def open(self) -> None:
         """Fetches the run, where there is one that this machine has not, and begins to copy."""
         self._files, self._root, found = remote.connect(self.url)
-        with self._explained("be opened"):
+        with self._explained(f"{self.url} cannot be opened"):
             self._place.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             known = _read(self._place / "record.json")
@@ -130,7 +130,7 @@ class Store:
 
     def copy(self) -> None:
         """Makes the address hold what the folder holds. Raises StoreError."""
-        with self._explained("be copied there"):
+        with self._explained(f"The run cannot be copied to {self.url}"):
             if (found := self._read_session()) != self._session:
                 raise StoreError(
                     f"Another program has opened {self.url} ({found[:8] or 'or deleted it'}): nothing more is copied "
@@ -252,8 +252,8 @@ class Store:
             raise
         except Exception as error:  # every store has its own errors
             raise StoreError(
-                f"{self.url} cannot {what} ({type(error).__name__}: {error}). What was computed is in {self.folder}. "
-                "Check the network, the credentials and the disk; the same command on this machine goes on from there."
+                f"{what} ({type(error).__name__}: {error}). Check the address, the network, the credentials and the "
+                f"disk; the same command on this machine goes on with what is in {self.folder}."
             ) from error
 
 

@@ -266,7 +266,7 @@ def test_a_store_that_fails_is_tried_again_and_named(machine, monkeypatch, capsy
     while "Warning" not in (said := capsys.readouterr().err):
         pass
     assert said.count("Warning") == 1
-    with pytest.raises(StoreError, match=r"cannot be copied there \(ConnectionError: no route to host\)"):
+    with pytest.raises(StoreError, match=r"copied to memory://bucket/run \(ConnectionError: no route to host\)"):
         one.close(say_nothing)
     monkeypatch.setattr(type(BUCKET), "put_file", honest)
     with store.kept(URL, say_nothing):
@@ -282,7 +282,7 @@ def test_a_store_that_fails_is_tried_again_and_named(machine, monkeypatch, capsy
 
     with pytest.raises(ZeroDivisionError):  # what went wrong first is said
         fail()
-    assert "Warning: memory://bucket/run cannot be copied there" in capsys.readouterr().err
+    assert "Warning: The run cannot be copied to memory://bucket/run" in capsys.readouterr().err
 
 
 def test_an_unknown_kind_of_address_is_named(machine):

@@ -24,16 +24,11 @@ CHAIN = (
 )
 
 
-def start(workdir: Path, devices: int, *more: str, hash_seed: int = 0) -> subprocess.Popen[str]:
+def start(workdir: Path | str, devices: int, *more: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "main.py", *CHAIN, f"--workdir={workdir}", *more],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "PYTHONHASHSEED": str(hash_seed),
-        },
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,8 +71,8 @@ def test_processes_that_were_started_differently_say_so(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
-def test_only_the_main_process_needs_the_workdir(tmp_path):
-    """It trains two stages and measures them with one that sees no disk, and whose sets have another order."""
+def test_hosts_that_share_no_disk_keep_a_run_at_an_address(tmp_path):
+    """Two stages are trained and measured by processes with caches of their own, and whose sets differ in order."""
     flags = (
         *(*together(), "--mode=run", "--config.teacher.num_updates=10", "--config.guided.num_updates=10"),
         *(
@@ -87,18 +82,28 @@ def test_only_the_main_process_needs_the_workdir(tmp_path):
         ),
         "--config.evaluation.num_samples=20",
     )
-    (tmp_path / "file").touch()
+    address = f"file://{tmp_path}/store/run"
     workers = [
-        start(tmp_path / ("run" if index == 0 else "file/run"), 1, *flags, f"--process_id={index}", hash_seed=index + 1)
+        start(
+            address,
+            1,
+            *flags,
+            f"--process_id={index}",
+            XDG_CACHE_HOME=str(tmp_path / f"{index}"),
+            PYTHONHASHSEED=str(index),
+        )
         for index in range(2)
     ]
     outputs = [worker.communicate(timeout=300) for worker in workers]
     for worker, (_, errors) in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, errors
     assert "guided student" in outputs[0][0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
-    records = [json.loads(line) for line in (tmp_path / "run/evaluation/results.jsonl").read_text().splitlines()]
+    assert ours(outputs[1][0]) == ""
+    assert not (tmp_path / "1" / "diffdistill" / "runs").exists()
+    run = tmp_path / "store" / "run"
+    records = [json.loads(line) for line in (run / "evaluation/results.jsonl").read_text().splitlines()]
     assert {record["stage"] for record in records} == {"teacher", "guided"}
+    assert parameters(run).keys() == {"teacher", "guided"}
 
 
 def committed(stage: Path, workers: list[subprocess.Popen[str]]) -> None:
