@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
+import contextlib
 import hashlib
 import os
 import platform
@@ -15,6 +17,7 @@ from diffdistill import places
 
 FOLDER, LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _SECONDS = 0.2  # programs that are compiled faster are not kept
+LIMIT = 4 * 2**30  # bytes of programs that are kept
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 _counts: collections.Counter[str] = collections.Counter()
 
@@ -26,7 +29,11 @@ def use_cache() -> None:
     that find different programs in caches of their own may wait for each other while they compile.
     """
     if FOLDER not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(places.cache() / f"programs-{_processor()}"))
+        folder = places.cache() / f"programs-{_processor()}"
+        with contextlib.suppress(OSError):  # JAX says itself where it cannot keep anything
+            folder.mkdir(parents=True, exist_ok=True)
+            _tidy(folder)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         if LEAST not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
     jax.monitoring.register_event_listener(_note)
@@ -39,6 +46,39 @@ def counted() -> str:
     config: Any = jax.config
     folder = config.jax_compilation_cache_dir
     return f"Compiled programs: {_counts['hits']} from {folder}, {_counts['misses']} added to it."
+
+
+def _tidy(folder: Path, limit: int = LIMIT) -> None:
+    """Deletes what a killed process may have written in part, and the oldest programs where there are too many.
+
+    JAX writes a program in place, and never again where one is: a torn one would be refused at every start.
+    """
+    programs = sorted(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime)
+    for note in folder.glob(f".running-{platform.node()}-*"):
+        if not _runs(int(note.name.rpartition("-")[2])):
+            begun = note.stat().st_mtime
+            note.unlink()
+            if programs and programs[-1].stat().st_mtime >= begun:
+                programs.pop().unlink()
+    size = sum(path.stat().st_size for path in programs)
+    for path in programs:
+        if size <= limit:
+            break
+        size -= path.stat().st_size
+        path.unlink()
+    note = folder / f".running-{platform.node()}-{os.getpid()}"
+    note.touch()
+    atexit.register(note.unlink, missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _note(event: str, **_: object) -> None:

@@ -1,6 +1,7 @@
 """Compiled programs are kept on disk, where the user or the custom of the system says."""
 
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffdistill import places
+from diffdistill import compilation, places
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -44,6 +45,31 @@ def test_the_user_may_say_where_and_whether(tmp_path, folder):
         assert str(tmp_path / folder) in said
     else:
         assert said == ""
+
+
+def test_what_a_kill_may_have_torn_is_compiled_again(tmp_path):
+    run(XDG_CACHE_HOME=str(tmp_path))
+    (folder,) = (tmp_path / "diffdistill").iterdir()
+    assert not any(folder.glob(".running-*"))  # a process that ended as it should
+    newest = max(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime)
+    whole = newest.stat().st_size
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    note = folder / f".running-{platform.node()}-{dead.pid}"
+    note.touch()
+    os.truncate(newest, 100)
+    assert run(XDG_CACHE_HOME=str(tmp_path)).endswith(", 1 added to it.")
+    assert newest.stat().st_size == whole
+    assert not note.exists()
+    assert run(XDG_CACHE_HOME=str(tmp_path)).endswith(", 0 added to it.")
+
+
+def test_the_oldest_programs_go_where_there_are_too_many(tmp_path):
+    for age in range(5):
+        (tmp_path / f"{age}-cache").write_bytes(b"x" * 100)
+        os.utime(tmp_path / f"{age}-cache", (1000 - age, 1000 - age))
+    compilation._tidy(tmp_path, 250)
+    assert sorted(path.name for path in tmp_path.glob("*-cache")) == ["0-cache", "1-cache"]
 
 
 def test_without_a_home_there_is_a_folder_nevertheless(monkeypatch):
