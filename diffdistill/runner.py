@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from diffdistill import chain, targets, workdir
+from diffdistill import chain, data_checks, targets, workdir
 from diffdistill.chain import DataFacts, Stage
 from diffdistill.config import Config, ConfigError, DisbackConfig, to_dict
 from diffdistill.data.contract import Source
@@ -53,7 +53,7 @@ def open_data(config: Config) -> tuple[Source, DataFacts]:
     source = open_images(config)
     latents = source.dtype != np.uint8
     facts = DataFacts(source.image_shape, source.num_classes, tuple(source.class_names), latents)
-    chain.check_data(config, facts)
+    data_checks.check_data(config, facts)
     if latents:
         source = scaled(source, config.data.latent_shift, config.data.latent_scale)
     return source, facts

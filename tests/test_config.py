@@ -7,7 +7,7 @@ import json
 import pytest
 
 from configs import cifar10_small, digits, disback, guided, progressive
-from diffdistill import chain, config, fields
+from diffdistill import chain, config, data_checks, fields
 from diffdistill.config import Config, ConfigError, default_config, resolve
 
 
@@ -141,15 +141,15 @@ def test_impossible_choices_are_refused(groups, words):
 def test_images_that_the_network_cannot_halve_are_refused():
     settings = resolve(changed(model={"multipliers": (1, 2, 2, 2)}))
     with pytest.raises(ConfigError, match="multiples of 8"):
-        chain.check_data(settings, chain.DataFacts((12, 12, 1), 10))
-    chain.check_data(settings, chain.DataFacts((16, 16, 1), 10))
+        data_checks.check_data(settings, chain.DataFacts((12, 12, 1), 10))
+    data_checks.check_data(settings, chain.DataFacts((16, 16, 1), 10))
 
 
 def test_transfers_between_classes_that_the_data_lacks_are_refused():
     settings = digits.get_config("full")
     settings.evaluation.transfers = ("3 to 99",)
     with pytest.raises(ConfigError, match="no class '99'; it has 0, 1"):
-        chain.check_data(resolve(settings), chain.DataFacts((8, 8, 1), 10))
+        data_checks.check_data(resolve(settings), chain.DataFacts((8, 8, 1), 10))
 
 
 def test_a_plan_is_the_teacher_the_guided_student_and_the_rounds_in_order():

@@ -9,7 +9,7 @@ import pytest
 
 import diffdistill
 from configs import digits
-from diffdistill import chain, evaluate, runner, sample, sample_files
+from diffdistill import chain, data_checks, evaluate, runner, sample, sample_files
 from diffdistill.config import ConfigError, resolve
 from diffdistill.diffusion import conditioning
 from diffdistill.evaluation import images, results
@@ -182,7 +182,7 @@ def test_images_that_a_task_cannot_be_made_of_are_refused(task, shape, message):
     config = digits.get_config("smoke")
     config.model.image_condition = task
     with pytest.raises(ConfigError, match=message):
-        chain.check_data(resolve(config), chain.DataFacts(shape, 10))
+        data_checks.check_data(resolve(config), chain.DataFacts(shape, 10))
 
 
 def test_encoders_of_such_models_are_refused():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import guided, progressive
-from diffdistill import chain, runner
+from diffdistill import chain, data_checks, runner
 from diffdistill.config import resolve
 from diffdistill.training.interrupt import Interrupt
 
@@ -30,7 +30,7 @@ def test_every_row_is_built_at_full_size(file, row):
     """Plan, shapes and parameters of every stage; nothing is allocated."""
     found = resolve(config(file, row))
     facts = chain.DataFacts(found.data.image_shape, found.data.num_classes)
-    chain.check_data(found, facts)
+    data_checks.check_data(found, facts)
     plan = chain.plan(found)
     assert plan[0].method == "teacher"
     counts = {stage.conditioned_on_guidance: chain.denoiser_of(found, stage, facts) for stage in plan}
