@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FILE = "checksums.json"
@@ -15,7 +16,9 @@ class Damaged(Exception):
 def write(folder: Path) -> None:
     """Writes `folder`/checksums.json with the BLAKE2b of every file below the folders of `folder`."""
     files = sorted(path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_digest, files)
+        sums = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
     (folder / FILE).write_text(json.dumps({"blake2b": sums}, indent=1))
 
 
@@ -29,21 +32,25 @@ def check(folder: Path, items: Iterable[str]) -> None:
       OSError: a file is there and cannot be read.
     """
     try:
-        sums = json.loads((folder / FILE).read_text())["blake2b"]
+        sums = dict(json.loads((folder / FILE).read_text())["blake2b"])
     except FileNotFoundError:
         return
     except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"its {FILE} cannot be read: {error}") from error
     wanted = set(items)
-    for name, expected in sums.items():
-        if name.split("/")[0] not in wanted:
-            continue
+    names = [name for name in sums if name.split("/")[0] in wanted]
+
+    def compare(name: str) -> None:
         try:
             found = _digest(folder / name)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Damaged(f"its file {name} is missing") from error
-        if found != expected:
+        if found != sums[name]:
             raise Damaged(f"its file {name} is not as it was written: the checksums differ")
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(compare, names):  # in this order, whichever is read first
+            pass
 
 
 def are_right(folder: Path) -> bool:
