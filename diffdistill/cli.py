@@ -12,13 +12,17 @@ import os
 import sys
 import traceback
 import warnings
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app, flags, logging
 
 from diffdistill.command_flags import parse
-from diffdistill.modes import IN_WORKDIR, MODES, import_file
+from diffdistill.modes import MODES, import_file
 from diffdistill.terminal import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM, EXIT_USAGE, fail, say, stopped
+
+if TYPE_CHECKING:
+    from diffdistill.training.interrupt import Interrupt
 
 FLAGS = flags.FLAGS
 
@@ -70,20 +74,12 @@ def _main(arguments: list[str]) -> None:
         fail(
             f"Unexpected arguments: {' '.join(arguments[1:])}. Options start with --, such as --mode=plan.", EXIT_USAGE
         )
-    from diffdistill import compilation, store
-    from diffdistill.config import ConfigError
-    from diffdistill.data.contract import DataError
-    from diffdistill.evaluation.published import TableError
-    from diffdistill.evaluation.reference import StatisticsError
-    from diffdistill.evaluation.results import ResultsError
-    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
-    from diffdistill.generator import SampleError
+    from diffdistill import compilation, modes, store
     from diffdistill.training import processes
-    from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.training.interrupt import Interrupt, catch_signals
-    from diffdistill.weights import WeightsError
-    from diffdistill.workdir import WorkdirError
 
+    if FLAGS.distributed and FLAGS.mode in modes.ALONE:
+        fail(f"--mode={FLAGS.mode} is the work of one process: leave --distributed away.", EXIT_USAGE)
     # Before our signal handlers, because jax.distributed installs one of its own for SIGTERM.
     try:
         processes.initialize(
@@ -96,38 +92,59 @@ def _main(arguments: list[str]) -> None:
         fail(str(error), EXIT_USAGE)
     # The other modes have nothing to save: a signal ends them as it ends any program.
     interruptible = FLAGS.mode in ("run", "train", "evaluate", "statistics", "tune-variance", "trajectory")
+    mode = functools.partial(import_file, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
     with catch_signals() if interruptible else contextlib.nullcontext(Interrupt()) as interrupt:
-        try:
-            if not FLAGS.distributed:
-                compilation.use_cache()
-            mode = functools.partial(import_file, paths=arguments[1:]) if FLAGS.mode == "import" else MODES[FLAGS.mode]
-            needs_workdir = FLAGS.mode in IN_WORKDIR
-            with store.kept(FLAGS.workdir, say) if needs_workdir else contextlib.nullcontext("") as FLAGS.workdir:
+        if not FLAGS.distributed:
+            compilation.use_cache()
+        with _messages(interrupt):
+            modes.check_config()  # before anything is fetched
+            address = FLAGS.workdir if FLAGS.mode in modes.IN_WORKDIR else ""
+            # What ends the work is said before the last copy to an address, which may take long.
+            with store.kept(address, interrupt, say), _messages(interrupt):
                 mode(interrupt)
             if FLAGS.mode in ("run", "train", "evaluate", "benchmark") and compilation.counted():
                 say(compilation.counted())
-        except (Interrupted, EvaluationInterrupted) as stop:
-            stopped(str(stop))
-            sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)
-        except NonFiniteLoss as error:
-            fail(str(error), EXIT_NOT_FINITE)
-        except (ConfigError, SampleError, TableError) as error:
-            fail(str(error), EXIT_USAGE)
-        except (
-            DataError,
-            WorkdirError,
-            TrainingError,
-            ResultsError,
-            StatisticsError,
-            FeaturesError,
-            WeightsError,
-            store.StoreError,
-        ) as error:
-            fail(str(error), EXIT_FAILED)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            fail(
-                f"{where}{error.strerror or error}. What was saved before is intact; put it right and start the same "
-                "command again.",
-                EXIT_FAILED,
-            )
+
+
+@contextlib.contextmanager
+def _messages(interrupt: Interrupt) -> Iterator[None]:
+    """Ends the program with a message and a code where something ends that is expected to happen."""
+    from diffdistill.config import ConfigError
+    from diffdistill.data.contract import DataError
+    from diffdistill.evaluation.published import TableError
+    from diffdistill.evaluation.reference import StatisticsError
+    from diffdistill.evaluation.results import ResultsError
+    from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
+    from diffdistill.generator import SampleError
+    from diffdistill.store import StoreError
+    from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
+    from diffdistill.weights import WeightsError
+    from diffdistill.workdir import WorkdirError
+
+    try:
+        yield
+    except (Interrupted, EvaluationInterrupted) as stop:
+        stopped(str(stop))
+        sys.exit(EXIT_SIGINT if interrupt.reason == "SIGINT" else EXIT_SIGTERM)
+    except NonFiniteLoss as error:
+        fail(str(error), EXIT_NOT_FINITE)
+    except (ConfigError, SampleError, TableError) as error:
+        fail(str(error), EXIT_USAGE)
+    except (
+        DataError,
+        WorkdirError,
+        TrainingError,
+        ResultsError,
+        StatisticsError,
+        FeaturesError,
+        WeightsError,
+        StoreError,
+    ) as error:
+        fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(
+            f"{where}{error.strerror or error}. What was saved before is intact; put it right and start the same "
+            "command again.",
+            EXIT_FAILED,
+        )

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from diffdistill.modes import MODES
-from diffdistill.terminal import EXIT_USAGE, fail
+from diffdistill.terminal import EXIT_FAILED, EXIT_USAGE, fail
 
 FLAGS = flags.FLAGS
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
@@ -164,6 +164,12 @@ def parse(arguments: list[str]) -> list[str]:
         )
     except _CONFIG_FILE_ERRORS as error:
         fail(_explain_config(error), EXIT_USAGE)
+    except RuntimeError as error:  # of the run that configs/workdir.py is to read
+        from diffdistill.workdir import WorkdirError
+
+        if not isinstance(error, WorkdirError):
+            raise
+        fail(str(error), EXIT_FAILED)
 
 
 def _expected(path: str) -> str:

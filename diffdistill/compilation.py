@@ -5,11 +5,14 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import fcntl
 import hashlib
 import os
 import platform
+import uuid
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -20,6 +23,7 @@ _SECONDS = 0.2  # programs that are compiled faster are not kept
 LIMIT = 4 * 2**30  # bytes of programs that are kept
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 _counts: collections.Counter[str] = collections.Counter()
+_notes: list[IO[str]] = []  # open, and so locked, while this process runs
 
 
 def use_cache() -> None:
@@ -49,36 +53,40 @@ def counted() -> str:
 
 
 def _tidy(folder: Path, limit: int = LIMIT) -> None:
-    """Deletes what a killed process may have written in part, and the oldest programs where there are too many.
+    """Deletes what killed processes wrote in part, and the oldest programs where there are too many.
 
-    JAX writes a program in place, and never again where one is: a torn one would be refused at every start.
+    JAX writes a program in place, and never again where one is: a torn one would be refused at every start. Each
+    process holds the lock of a note while it runs, which says since when programs may have been torn.
     """
     programs = sorted(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime)
-    for note in folder.glob(f".running-{platform.node()}-*"):
-        if not _runs(int(note.name.rpartition("-")[2])):
+    for note in folder.glob(".running-*"):
+        with note.open("r+") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             begun = note.stat().st_mtime
             note.unlink()
-            if programs and programs[-1].stat().st_mtime >= begun:
-                programs.pop().unlink()
+            for path in [path for path in programs if path.stat().st_mtime >= begun and not _is_whole(path)]:
+                programs.remove(path)
+                path.unlink()
     size = sum(path.stat().st_size for path in programs)
     for path in programs:
         if size <= limit:
             break
         size -= path.stat().st_size
         path.unlink()
-    note = folder / f".running-{platform.node()}-{os.getpid()}"
-    note.touch()
+    note = folder / f".running-{uuid.uuid4().hex}"
+    _notes.append(note.open("w"))
+    fcntl.flock(_notes[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     atexit.register(note.unlink, missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def _is_whole(program: Path) -> bool:
+    """Whether a program can be unpacked; where JAX packs otherwise than with zlib nobody knows."""
+    unpacker = zlib.decompressobj()
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        unpacker.decompress(program.read_bytes())
+    except zlib.error:
         return False
-    except PermissionError:
-        pass
-    return True
+    return unpacker.eof
 
 
 def _note(event: str, **_: object) -> None:

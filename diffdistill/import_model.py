@@ -15,6 +15,7 @@ from diffdistill import chain, presets, workdir
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config, default_config, resolve
 from diffdistill.training import mesh as meshes
+from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.weights import WeightsError
 from diffdistill.weights.imported import ImportedModel
@@ -36,20 +37,26 @@ class _Imported:
 
 
 def import_model(
-    source: str, path: str, folder: str, options: dict[str, str | int], say: Callable[[str], Any] = print
+    source: str,
+    path: str,
+    folder: str,
+    options: dict[str, str | int],
+    name: str = "",
+    say: Callable[[str], Any] = print,
 ) -> None:
     """Reads a published model and writes it as the stage "teacher" of a new run without further stages.
 
     Args:
       source, path, options: see weights.sources.import_weights.
       folder: workdir of the run.
+      name: what to call it in advice, such as its address; empty: the folder.
 
     Raises:
       WeightsError: the file is refused; the message names the tensor or what it asked for.
       WorkdirError: the folder holds another run or cannot be written.
       CheckpointError: the disk is full.
     """
-    if workdir.has_checkpoints(Path(folder)):
+    if processes.on_main(lambda: workdir.has_checkpoints(Path(folder))):
         raise workdir.WorkdirError(f"{folder} holds a run already; choose another --workdir for the imported model.")
     model = import_weights(source, path, **options)
     config = _config(model, Path(path).stem)
@@ -64,12 +71,13 @@ def import_model(
         params = meshes.replicate(meshes.make_mesh(), model.params)
         checkpoints.save(_Imported(jnp.int32(stage.num_updates), params), meta, force=True)
     height, width, channels = model.image_shape
+    name = name or folder
     say(
         f"{path}: {denoiser.num_parameters():,} parameters, {config.model.architecture}, output "
         f"{config.model.prediction}, {height}x{width}x{channels}, "
         f"{model.num_classes or 'no'} classes, sha256 {model.sha256[:12]}\n"
-        f"It is the teacher of {opened.path}. Sample it with --mode=sample --workdir={folder}; measure it with "
-        f"--mode=evaluate --config=configs/workdir.py:{folder} --workdir={folder} --config.evaluation.reference=FILE"
+        f"It is the teacher of {opened.path}. Sample it with --mode=sample --workdir={name}; measure it with "
+        f"--mode=evaluate --config=configs/workdir.py:{name} --workdir={name} --config.evaluation.reference=FILE"
         f"{_HOW_TO_DISTIL if config.model.prediction in _HALVED else '.'}"
     )
 

@@ -21,7 +21,17 @@ def _config() -> Any:
     return resolve(FLAGS.config)
 
 
+def check_config() -> None:
+    """Refuses a config that no mode can use. Raises ConfigError."""
+    _config()
+
+
 def _workdir(config: Any) -> str:
+    from diffdistill import store
+    from diffdistill.data import remote
+
+    if remote.is_remote(FLAGS.workdir) and FLAGS.mode in IN_WORKDIR:
+        return str(store.Store(FLAGS.workdir).folder)  # open, since such modes run within store.kept
     return FLAGS.workdir or str(Path("runs") / config.name)
 
 
@@ -111,7 +121,7 @@ def _as_asked(folder: Any, config: Any) -> Any:
     if config.name != folder.config.name and not FLAGS["config"].present:
         fail(
             f"{folder.path} holds a run of the config {folder.config.name}, but without --config the fields given are "
-            f"those of {config.name}. Change the run's own: --config=configs/workdir.py:{folder.path}",
+            f"those of {config.name}. Change the run's own: --config=configs/workdir.py:{FLAGS.workdir or folder.path}",
             EXIT_USAGE,
         )
     return folder.measured_as(config)
@@ -181,8 +191,8 @@ def import_file(interrupt: Any, paths: Sequence[str] = ()) -> None:
     options: dict[str, Any] = {"prediction": FLAGS.output} if FLAGS.output else {}
     if FLAGS.config.data.image_size:
         options["image_size"] = FLAGS.config.data.image_size
-    folder = FLAGS.workdir or str(Path("runs") / Path(paths[0]).stem)
-    import_model(FLAGS.source, paths[0], folder, options, say=say)
+    folder = _workdir(None) if FLAGS.workdir else str(Path("runs") / Path(paths[0]).stem)
+    import_model(FLAGS.source, paths[0], folder, options, name=FLAGS.workdir or folder, say=say)
 
 
 def _benchmark(interrupt: Any) -> None:
@@ -266,11 +276,13 @@ def _transfer(interrupt: Any) -> None:
 def _analyse(interrupt: Any) -> None:
     del interrupt
     from diffdistill import analyse, analysis_distances, sample, workdir
+    from diffdistill.data.remote import is_remote
 
     config, folder, generator = _config(), None, None
     path = Path(_workdir(config))
-    if (path / "config.json").exists():
-        folder = _as_asked(workdir.read(path), config)
+    if is_remote(FLAGS.workdir) or (path / "config.json").exists():
+        folder = _as_asked(workdir.read(FLAGS.workdir or path), config)
+        path = folder.path
         config = folder.config
         generator = sample.load_from(folder, FLAGS.stage or "teacher")
         if generator.guidance_range is not None or generator.is_encoder or generator.sampler == "one_step":
@@ -324,5 +336,8 @@ MODES: dict[str, Callable[[Any], None]] = {
     "trajectory": _trajectory,
 }
 
-IN_WORKDIR = ("run", "train", "evaluate", "sample", "import", "transfer", "tune-variance", "analyse", "trajectory")
-"""The modes that work in the folder of a run."""
+IN_WORKDIR = ("run", "train", "evaluate", "import", "tune-variance", "trajectory")
+"""The modes that change a run."""
+
+ALONE = ("analyse", "import", "prepare")
+"""The modes that several processes cannot share."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from diffdistill import chain, runner, samplers, workdir
 from diffdistill.chain import Stage
+from diffdistill.data import remote
 from diffdistill.data.latents import scaling
-from diffdistill.data.remote import is_remote
 from diffdistill.generator import Generator, SampleError
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
@@ -47,8 +47,16 @@ def load(path: str | os.PathLike[str], stage: str = "") -> Generator:
 
 def locate(path: str | os.PathLike[str], stage: str = "") -> tuple[Workdir, str]:
     """(the run, the name of its stage) of a workdir or the folder of a stage in it. Raises WorkdirError."""
-    if is_remote(path):
-        return workdir.read(path), stage
+    if remote.is_remote(path):
+        address = str(path).rstrip("/")
+        run, _, name = address.rpartition("/")
+
+        def is_stage_there() -> bool:
+            return not remote.exists(f"{address}/config.json") and remote.exists(f"{run}/config.json")
+
+        if not stage and processes.on_main(is_stage_there):
+            return workdir.read(run), name
+        return workdir.read(address), stage
     folder = Path(path)
 
     def is_stage() -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import posixpath
@@ -20,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,15 @@ from typing import Any
 from diffdistill import places
 from diffdistill.data import remote
 from diffdistill.evaluation.files import write_atomically
-from diffdistill.training import processes
+from diffdistill.training import checksums, processes
 from diffdistill.training.checkpoints import COMMITTED
+from diffdistill.training.errors import OtherProcessFailed
+from diffdistill.training.interrupt import Interrupt
 
 PERIOD = 30.0  # seconds between two copies
 ATTEMPTS = 3  # at the last copy
 _SESSION = ".diffdistill-session"
+_CLOSED, _LOST = "the store is closed", "lost"
 _THREADS = 8
 _CHECKPOINT = re.compile(r"(?P<folder>[^/]+/\d+)/.+")
 
@@ -46,43 +48,67 @@ class StoreError(RuntimeError):
     """A run that cannot be fetched from its address or copied there; the message says what to do."""
 
 
+class Lost(StoreError):
+    """Another program has opened the run at its address."""
+
+
 @contextlib.contextmanager
-def kept(workdir: str, say: Callable[[str], Any] = print) -> Iterator[str]:
+def kept(workdir: str, interrupt: Interrupt | None = None, say: Callable[[str], Any] = print) -> Iterator[str]:
     """The workdir to work in: `workdir` itself, or, of an address, a folder that is copied there until the block ends.
 
     What is at the address already is fetched, unless this machine was the last to work on it: then the folder has all
-    of that, and perhaps more. Of several processes all call it, and only the main one fetches and copies.
+    of that, and perhaps more. Of several processes all call it, and only the main one fetches and copies; the others
+    wait for it at the end.
+
+    Args:
+      workdir: a path, or an address that fsspec knows.
+      interrupt: asked to stop when another program opens the run.
+      say: told where the work is done.
 
     Raises:
-      DataError, StoreError: no such store, no access, files that are no run, or a run that another machine works on.
+      DataError, StoreError: no such store, no access, files that are no run, or a run that another program works on.
     """
     if not remote.is_remote(workdir):
         yield workdir
         return
-    store = Store(workdir)
+    store = Store(workdir, interrupt)
     processes.on_main(store.open)
     if not processes.is_main():
-        yield str(store.folder)
+        try:
+            yield str(store.folder)
+        finally:
+            if processes.told(_CLOSED) == _LOST:
+                raise OtherProcessFailed
         return
     say(f"{workdir} is worked on in {store.folder}")
+    end = ""
     try:
-        yield str(store.folder)
-    except BaseException:
         try:
-            store.close(say)  # what there is, before the message of what went wrong
-        except StoreError as error:
-            _warn(error)
+            yield str(store.folder)
+        except BaseException:
+            try:
+                store.close(say)
+            except Lost:
+                raise
+            except StoreError as error:
+                _warn(str(error))  # what went wrong before is what ends the program
+            raise
+        store.close(say)
+    except Lost:
+        end = _LOST
         raise
-    store.close(say)
+    finally:
+        processes.tell(_CLOSED, end)
 
 
 class Store:
     """The folder of one address; `open` it before and `close` it after it is worked in."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, interrupt: Interrupt | None = None) -> None:
         self.url = url.rstrip("/")
         self._place = places.cache() / "runs" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.folder = self._place / (posixpath.basename(self.url) or "run")
+        self._interrupt = interrupt or Interrupt()
         self._files: Any = None
         self._root = ""
         self._lock: Any = None
@@ -90,7 +116,6 @@ class Store:
         self._copied: dict[str, Facts] = {}  # what lies at the address, as it was here
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="diffdistill-store", daemon=True)
-        self._failing = ""
 
     def open(self) -> None:
         """Fetches the run, where there is one that this machine has not, and begins to copy."""
@@ -98,16 +123,21 @@ class Store:
         with self._explained(f"{self.url} cannot be opened"):
             self._place.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            known = _read(self._place / "record.json")
+            sessions, self._copied = _read(self._place / "record.json")
             at_address = self._read_session()
+            was_last = bool(at_address) and at_address in sessions and self.folder.is_dir()
+            self._check(found, was_last)
             session = uuid.uuid4().hex
-            if not (at_address and at_address in known["sessions"] and self.folder.is_dir()):
-                known = {"sessions": [at_address], "copied": self._fetch(found)}
-            self._copied = {name: (int(size), int(when)) for name, (size, when) in known["copied"].items()}
-            # Whichever of the two is found at the address next time, nobody else was there in between.
-            self._record([at_address, session])
+            if was_last:  # whichever of the two is found there next time, nobody else was there in between
+                self._record([at_address, session])
+            # From here on nobody else copies, so that what is listed now is what is there.
             self._files.pipe_file(self._address(_SESSION), session.encode())
             self._session = session
+            found = {name: size for name, (size, *_) in remote.connect(self.url)[2].items() if name != _SESSION}
+            if was_last:
+                self._fetch_missing(found)
+            else:
+                self._fetch(found)
             self._record([session])
         self._thread.start()
 
@@ -120,10 +150,13 @@ class Store:
                 try:
                     self.copy()
                     break
-                except StoreError:
-                    if attempt == ATTEMPTS - 1:
+                except StoreError as error:
+                    if isinstance(error, Lost) or attempt == ATTEMPTS - 1:
                         raise
                     time.sleep(2.0**attempt)
+            if not self._copied:  # no run was begun
+                with contextlib.suppress(Exception):
+                    self._files.rm_file(self._address(_SESSION))
         finally:
             self._lock.close()
         say(f"{self.url}: everything is copied")
@@ -131,12 +164,7 @@ class Store:
     def copy(self) -> None:
         """Makes the address hold what the folder holds. Raises StoreError."""
         with self._explained(f"The run cannot be copied to {self.url}"):
-            if (found := self._read_session()) != self._session:
-                raise StoreError(
-                    f"Another program has opened {self.url} ({found[:8] or 'or deleted it'}): nothing more is copied "
-                    f"there from {self.folder}. Let only one of them work on it; start this one again to go on from "
-                    "what is there."
-                )
+            self._check_session()
             here, checkpoints = _files_of(self.folder)
             if "config.json" not in here and "config.json" in self._copied:
                 raise StoreError(
@@ -144,26 +172,41 @@ class Store:
                     "run is whole. Delete that folder and start the same command again, which fetches it."
                 )
             changed = [name for name, facts in here.items() if self._copied.get(name) != facts]
-            # A checkpoint that has lost a file is being deleted or damaged: what is there of it is not touched.
-            gone = [name for name in self._copied.keys() - here.keys() if _checkpoint(name) not in checkpoints]
-            self._delete([name for name in changed if _is_mark(name) and name in self._copied])  # another one by now
+            # A mark that goes up again belongs to another checkpoint than the one that is there.
+            self._delete([name for name in changed if _is_mark(name) and name in self._copied])
             self._put(here, changed)
-            self._delete(gone)
+            self._delete(self._superfluous(here, checkpoints))
+
+    def _superfluous(self, here: dict[str, Facts], checkpoints: set[str]) -> list[str]:
+        """What is at the address and has been deleted here; of checkpoints only those that a newer one has replaced.
+
+        A checkpoint that has lost a file is being deleted, or is damaged: nothing of it is touched.
+        """
+        newest: dict[str, int] = {}
+        for stage, _, update in (_checkpoint(name).partition("/") for name in here if _is_mark(name)):
+            newest[stage] = max(newest.get(stage, -1), int(update))
+
+        def is_superfluous(name: str) -> bool:
+            stage, _, update = _checkpoint(name).partition("/")
+            if not stage or self._copied[name] == _UNKNOWN:
+                return True
+            return f"{stage}/{update}" not in checkpoints and int(update) < newest.get(stage, -1)
+
+        return [name for name in self._copied.keys() - here.keys() if is_superfluous(name)]
 
     def _put(self, here: dict[str, Facts], changed: list[str]) -> None:
-        """First what checkpoints may not be older than, then they, then their marks."""
+        """First what checkpoints may not be older than, then they, then their marks, the oldest first."""
+        if not changed:
+            return
         staged = self._place / "staged"
         shutil.rmtree(staged, ignore_errors=True)
-        ready: tuple[list[str], list[str], list[str]] = ([], [], [])
-        broken: set[str] = set()
+        marked = {_checkpoint(name) for name in changed if _is_mark(name)}
+        broken = {checkpoint for checkpoint in marked if not self._is_whole(checkpoint, here)}
         for name in sorted(changed, key=lambda name: not _checkpoint(name)):  # checkpoints first: the rest is newer
             if not _stage(self.folder / name, staged / name, link=bool(_checkpoint(name))):
                 broken.add(_checkpoint(name) or name)  # deleted meanwhile
+        changed = [name for name in changed if (_checkpoint(name) or name) not in broken]
         for name in changed:
-            if (_checkpoint(name) or name) not in broken:
-                ready[0 if not _checkpoint(name) else 1 if not _is_mark(name) else 2].append(name)
-
-        for name in itertools.chain(*ready):
             self._copied.setdefault(name, _UNKNOWN)
         self._record([self._session])
 
@@ -171,58 +214,101 @@ class Store:
             self._files.put_file(str(staged / name), self._address(name))
             self._copied[name] = here[name]
 
-        for names in ready:
-            _in_parallel(put, names)
+        _in_parallel(put, [name for name in changed if not _checkpoint(name)])
+        _in_parallel(put, [name for name in changed if _checkpoint(name) and not _is_mark(name)])
+        self._check_session()
+        for name in sorted((name for name in changed if _is_mark(name)), key=lambda name: here[name][1]):
+            put(name)
         self._record([self._session])
         shutil.rmtree(staged, ignore_errors=True)
 
-    def _delete(self, gone: Iterable[str]) -> None:
+    def _is_whole(self, checkpoint: str, here: dict[str, Facts]) -> bool:
+        """Whether every file with a checksum is there."""
+        try:
+            sums = json.loads((self.folder / checkpoint / checksums.FILE).read_text())["blake2b"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return all(f"{checkpoint}/{name}" in here for name in sums)
+
+    def _delete(self, names: list[str]) -> None:
+        if not names:
+            return
+        self._check_session()
+
         def delete(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._address(name))
             del self._copied[name]
 
-        marks = [name for name in gone if _is_mark(name)]
-        for names in (marks, [name for name in gone if not _is_mark(name)]):
-            _in_parallel(delete, names)
+        _in_parallel(delete, [name for name in names if _is_mark(name)])
+        _in_parallel(delete, [name for name in names if not _is_mark(name)])
         self._record([self._session])
 
-    def _fetch(self, found: dict[str, list[Any]]) -> dict[str, Facts]:
-        """Replaces the folder by what lies at the address; returns the facts of what was fetched."""
-        found = {name: facts for name, facts in found.items() if name not in ("", _SESSION)}
-        if not found and (self.folder / "config.json").exists():
+    def _check(self, found: Collection[str], was_last: bool) -> None:
+        """Refuses files that are no run, and an empty address of a run that is here."""
+        files = set(found) - {_SESSION}
+        is_copied = any(facts != _UNKNOWN for facts in self._copied.values())
+        if not files and (self.folder / "config.json").exists() and (is_copied or not was_last):
             raise StoreError(
                 f"Nothing is at {self.url} any more, but {self.folder} holds the run that was copied there. Delete "
                 "that folder to start anew, or go on in it with --workdir."
             )
-        if found and "config.json" not in found:
+        if files and "config.json" not in files:
             raise StoreError(
-                f"{self.url} holds files, such as {min(found)}, but no run: there is no config.json among them. Give "
-                "the address of a run, or one where nothing is."
+                f"{self.url} holds files, such as {min(files) or self.url}, but no run: there is no config.json among "
+                "them. Give the address of a run, or one where nothing is."
             )
-        whole = {_checkpoint(name) for name in found if _is_mark(name)} | {""}
-        whole_names = {name for name in found if _checkpoint(name) in whole}
+
+    def _fetch(self, found: dict[str, int | None]) -> None:
+        """Replaces the folder by what lies at the address; what it had that was not copied is put aside."""
+        whole = _with_mark(found)
         fresh = self._place / "fetched"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        _in_parallel(
-            lambda name: remote.get(self._files, self._address(name), found[name][0], fresh / name), whole_names
-        )
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _in_parallel(lambda name: remote.get(self._files, self._address(name), found[name], fresh / name), whole)
+        if self.folder.exists():
+            if any(self._copied.get(name) != facts for name, facts in _files_of(self.folder)[0].items()):
+                aside = self.folder.with_name(f"{self.folder.name}-before-{self._session[:8]}")
+                os.replace(self.folder, aside)
+                _warn(f"Another program has worked on {self.url}: what {self.folder} had beyond that is in {aside}.")
+            shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(fresh, self.folder)
         # What was copied in part goes with the first copy.
-        return {name: _facts(self.folder / name) if name in whole_names else _UNKNOWN for name in found}
+        self._copied = {name: _facts(self.folder / name) if name in whole else _UNKNOWN for name in found}
+
+    def _fetch_missing(self, found: dict[str, int | None]) -> None:
+        """Fetches what the folder has lost since it was copied: caches may be cleaned."""
+        whole = _with_mark(found)
+        lost = [name for name in self._copied if name in whole and not (self.folder / name).exists()]
+
+        def get(name: str) -> None:
+            remote.get(self._files, self._address(name), found[name], self.folder / name)
+            self._copied[name] = _facts(self.folder / name)
+
+        _in_parallel(get, [name for name in lost if not _is_mark(name)])
+        _in_parallel(get, [name for name in lost if _is_mark(name)])
 
     def _work(self) -> None:
         """Copies until it is told to stop; what cannot be copied now may be later."""
+        said = ""
         while not self._stop.wait(PERIOD):
             try:
                 self.copy()
-                self._failing = ""
+                said = ""
+            except Lost:
+                self._interrupt.request(f"another program, which has opened {self.url},")
+                return
             except StoreError as error:
-                if str(error) != self._failing:
-                    _warn(error)
-                self._failing = str(error)
+                if str(error) != said:
+                    _warn(str(error))
+                said = str(error)
+
+    def _check_session(self) -> None:
+        if self._read_session() != self._session:
+            raise Lost(
+                f"Another program has opened {self.url}: nothing more is copied there from {self.folder}. Let only one "
+                "of them work on it; started again, this one goes on from what is there."
+            )
 
     def _take_lock(self) -> None:
         self._lock = (self._place / "lock").open("w")
@@ -257,10 +343,20 @@ class Store:
             ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
-    return {"sessions": [], "copied": {}}
+def _read(path: Path) -> tuple[list[str], dict[str, Facts]]:
+    """The sessions of a record, and what was copied; nothing where there is none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        copied = {name: (int(size), int(when)) for name, (size, when) in record["copied"].items()}
+        return list(record["sessions"]), copied
+    return [], {}
+
+
+def _with_mark(found: Iterable[str]) -> list[str]:
+    """What does not belong to a checkpoint without its mark."""
+    names = list(found)
+    whole = {_checkpoint(name) for name in names if _is_mark(name)} | {""}
+    return [name for name in names if _checkpoint(name) in whole]
 
 
 def _files_of(folder: Path) -> tuple[dict[str, Facts], set[str]]:
@@ -310,8 +406,8 @@ def _stage(file: Path, copy: Path, *, link: bool) -> bool:
     return True
 
 
-def _warn(error: StoreError) -> None:
-    print(f"Warning: {error}", file=sys.stderr, flush=True)
+def _warn(text: str) -> None:
+    print(f"Warning: {text}", file=sys.stderr, flush=True)
 
 
 def _in_parallel(function: Callable[[str], None], names: Iterable[str]) -> None:

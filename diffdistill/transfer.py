@@ -169,6 +169,8 @@ def pairs(
     outside the decoder's range. SampleError for a decoder that is an encoder.
     """
     first, second = sample.load_from(*encoder), sample.load_from(*decoder)
+    if not first.is_encoder and encoder[1] == "":
+        raise SampleError(f"the encoder {encoder[0].path} is a run; give one of its stages.")
     if second.is_encoder:
         raise SampleError(f"the decoder {second.name} leads from images to noise; take a round_ stage.")
     second = dataclasses.replace(second, extrapolates=extrapolate)

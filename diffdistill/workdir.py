@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from diffdistill.data import remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.training import processes
+from diffdistill.training.checkpoints import COMMITTED
 
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")
@@ -126,12 +128,24 @@ def read(path: str | os.PathLike[str]) -> Workdir:
 
 
 def read_alone(path: str | os.PathLike[str]) -> Workdir:
-    """The same as `read` by one process, which finds the folder itself, before it joins any others."""
+    """The same as `read` by one process, which finds the folder itself, before it joins any others.
+
+    Of a run at an address the record alone is fetched.
+    """
+    if remote.is_remote(path):
+        file = remote.local(f"{str(path).rstrip('/')}/config.json")
+        return _opened(file.parent, _of_a_run(file))
     return _opened(*_located(path))
 
 
 def _located(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    folder = remote.local(str(path)) if remote.is_remote(path) else Path(os.path.abspath(path))
+    if not remote.is_remote(path):
+        folder = Path(os.path.abspath(path))
+        return folder, _of_a_run(folder / "config.json")
+    folder = remote.local(str(path))
+    for checkpoint in folder.glob("*/[0-9]*"):
+        if checkpoint.is_dir() and not (checkpoint / COMMITTED).exists():
+            shutil.rmtree(checkpoint)  # it is being copied there; the next call fetches it
     return folder, _of_a_run(folder / "config.json")
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from diffdistill import store
+from diffdistill import runner, sample, store, workdir
 from diffdistill.data import DataError
 from diffdistill.store import Store, StoreError
 from diffdistill.training import checksums
 from diffdistill.training.checkpoints import COMMITTED
+from diffdistill.training.interrupt import Interrupt
 
 BUCKET = fsspec.filesystem("memory")
 URL = "memory://bucket/run"
@@ -74,7 +75,7 @@ def in_folder(folder: Path) -> dict[str, str]:
 
 def test_a_run_is_copied_and_found_by_another_machine(machine):
     said: list[str] = []
-    with store.kept(URL, said.append) as path:
+    with store.kept(URL, say=said.append) as path:
         folder = Path(path)
         train(folder, range(1, 4))
         write(folder, "teacher/4.orbax-checkpoint-tmp/params/d/array", "half")
@@ -85,14 +86,14 @@ def test_a_run_is_copied_and_found_by_another_machine(machine):
     assert {name.split("/")[1] for name in kept if name.startswith("teacher")} == {"2", "3"}
 
     machine(2)
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         assert path != str(folder)
         assert in_folder(Path(path)) == kept
         train(Path(path), range(4, 6))
     assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"4", "5"}
 
     machine(1)
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         assert path == str(folder)
         assert in_folder(folder) == at_address()
 
@@ -124,7 +125,7 @@ def test_only_what_is_new_is_copied(machine, monkeypatch):
     assert put[5:] == [f"teacher/3/{COMMITTED}"]
     put.clear()
     one.close(say_nothing)
-    with store.kept(URL, say_nothing):  # and nothing is fetched or copied again by the machine that has it
+    with store.kept(URL, say=say_nothing):  # and nothing is fetched or copied again by the machine that has it
         pass
     assert put == []
 
@@ -167,7 +168,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_can_be_continued(machine, monkey
     one._lock.close()
 
     machine(2)
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         there = [int(path.name) for path in (Path(path) / "teacher").iterdir()]
         assert max(there) >= 2
         for update in there:
@@ -184,27 +185,113 @@ def test_the_machine_that_was_killed_goes_on_with_what_it_had_not_copied(machine
     train(one.folder, range(3, 4))
     one._stop.set()
     one._lock.close()
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         assert (Path(path) / "teacher" / "3").is_dir()
     assert f"teacher/3/{COMMITTED}" in at_address()
 
 
-def test_of_two_machines_the_later_one_counts(machine):
-    one = opened()
+def test_of_two_machines_the_later_one_counts(machine, monkeypatch, capsys):
+    """The earlier one is asked to stop; what it had that was not copied is put aside when it is started again."""
+    monkeypatch.setattr(store, "PERIOD", 0.01)
+    interrupt = Interrupt()
+    one = Store(URL, interrupt)
+    one.open()
     train(one.folder, range(1, 3))
     one.copy()
     machine(2)
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         train(Path(path), range(3, 4))
     there = at_address()
     train(one.folder, range(3, 5))
-    with pytest.raises(StoreError, match="Another program has opened memory://bucket/run"):
-        one.copy()
-    one._lock.close()
+    one._thread.join(5)
+    assert interrupt.reason == f"another program, which has opened {URL},"
+    with pytest.raises(store.Lost, match="Another program has opened memory://bucket/run"):
+        one.close(say_nothing)
     assert at_address() == there
     machine(1)
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         assert in_folder(Path(path)) == there
+    (aside,) = Path(path).parent.glob("run-before-*")
+    assert (aside / "teacher" / "4").is_dir()
+    assert f"beyond that is in {aside}" in capsys.readouterr().err
+
+
+def test_a_program_that_copies_while_another_opens_the_run_harms_nothing(machine, monkeypatch):
+    one = opened()
+    train(one.folder, range(1, 3))
+    one.copy()
+    train(one.folder, range(3, 5))
+    honest = type(BUCKET).put_file
+
+    def put(self, path, to, **more):
+        if to.endswith("teacher/4/ema/d/array"):
+            machine(2)
+            with store.kept(URL, say=say_nothing) as other:
+                assert (Path(other) / "teacher" / "2").is_dir()
+        honest(self, path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(BUCKET), "put_file", put)
+        with pytest.raises(store.Lost):
+            one.copy()
+    one._stop.set()
+    one._lock.close()
+    assert f"teacher/4/{COMMITTED}" not in at_address()  # no mark after the other came
+    assert f"teacher/2/{COMMITTED}" in at_address()
+
+
+def test_what_a_cleaned_cache_has_lost_comes_back(machine):
+    with store.kept(URL, say=say_nothing) as path:
+        train(Path(path), range(1, 4))
+    there = at_address()
+    for lost in ("teacher", "metrics.jsonl", "config.json"):
+        victim = Path(path) / lost
+        shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+        with store.kept(URL, say=say_nothing):
+            assert in_folder(Path(path)) == there
+        assert at_address() == there
+
+
+def test_a_checkpoint_is_deleted_there_only_for_a_newer_one(machine):
+    one = opened()
+    train(one.folder, range(1, 4))
+    one.copy()
+    there = at_address()
+    shutil.rmtree(one.folder / "teacher" / "3")  # moved away since it was damaged here
+    one.copy()
+    assert at_address() == there
+    train(one.folder, range(4, 5))
+    one.copy()
+    assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"4"}
+    one.close(say_nothing)
+
+
+def test_a_checkpoint_that_is_being_deleted_is_not_copied(machine):
+    one = opened()
+    train(one.folder, range(1, 4))
+    (one.folder / "teacher/2/params/d/array").unlink()
+    one.copy()
+    assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"3"}
+    one.close(say_nothing)
+
+
+def test_an_address_where_nothing_was_begun_stays_empty(machine):
+    with store.kept(URL, say=say_nothing):
+        pass
+    assert not BUCKET.exists("/bucket/run")
+
+
+def test_a_run_at_an_address_can_be_read_without_working_on_it(machine, smoke_run):
+    with store.kept(URL, say=say_nothing) as path:
+        shutil.copytree(smoke_run.run.workdir.path, path, dirs_exist_ok=True)
+    BUCKET.pipe_file("/bucket/run/teacher/99/params/d/array", b"half of it")  # being copied, or torn
+    before = at_address()
+    found = sample.locate(URL)[0]
+    assert found.config == smoke_run.run.config
+    assert [stage.name for stage in runner.finished(found)] == [stage.name for stage in smoke_run.run.stages]
+    assert sample.locate(f"{URL}/teacher")[1] == "teacher"
+    assert workdir.read_alone(URL).config == found.config
+    assert at_address() == before
 
 
 def test_one_machine_works_on_it_once(machine):
@@ -234,19 +321,19 @@ def test_files_that_are_no_run_are_left_alone(machine):
     BUCKET.pipe_file("/bucket/run/thesis.pdf", b"years of work")
     with (
         pytest.raises(StoreError, match=r"memory://bucket/run holds files, such as thesis\.pdf, but no run"),
-        store.kept(URL, say_nothing),
+        store.kept(URL, say=say_nothing),
     ):
         raise AssertionError
     assert at_address() == {"thesis.pdf": "years of work"}
 
 
 def test_a_run_that_is_gone_from_its_address_stays_here(machine):
-    with store.kept(URL, say_nothing) as path:
+    with store.kept(URL, say=say_nothing) as path:
         train(Path(path), range(1, 2))
     BUCKET.rm("/bucket/run", recursive=True)
     with (
         pytest.raises(StoreError, match="Nothing is at memory://bucket/run any more, but"),
-        store.kept(URL, say_nothing),
+        store.kept(URL, say=say_nothing),
     ):
         raise AssertionError
     assert (Path(path) / "config.json").exists()
@@ -263,20 +350,19 @@ def test_a_store_that_fails_is_tried_again_and_named(machine, monkeypatch, capsy
     one = opened()
     monkeypatch.setattr(type(BUCKET), "put_file", broken)
     train(one.folder, range(1, 2))
-    while "Warning" not in (said := capsys.readouterr().err):
-        pass
-    assert said.count("Warning") == 1
+    one._thread.join(0.5)  # many copies
+    assert capsys.readouterr().err.count("Warning: The run cannot be copied") == 1
     with pytest.raises(StoreError, match=r"copied to memory://bucket/run \(ConnectionError: no route to host\)"):
         one.close(say_nothing)
     monkeypatch.setattr(type(BUCKET), "put_file", honest)
-    with store.kept(URL, say_nothing):
+    with store.kept(URL, say=say_nothing):
         pass
     assert at_address() == in_folder(one.folder)
 
     monkeypatch.setattr(type(BUCKET), "put_file", broken)
 
     def fail() -> None:
-        with store.kept(URL, say_nothing) as path:
+        with store.kept(URL, say=say_nothing) as path:
             write(Path(path), "metrics.jsonl", "more")
             raise ZeroDivisionError
 

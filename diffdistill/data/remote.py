@@ -74,6 +74,11 @@ def connect(url: str) -> tuple[Any, str, dict[str, list[Any]]]:
         ) from error
 
 
+def exists(url: str) -> bool:
+    """Whether something is at an address. Raises DataError where that cannot be said."""
+    return bool(connect(url)[2])
+
+
 def get(files: Any, address: str, size: int | None, file: Path) -> None:
     """Fetches one file of so many bytes, whole or not at all. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -94,7 +94,7 @@ class Network:
 
         Other arguments and errors are those of `reference_of`.
         """
-        if found.features is not None or not reference.holds_images(path):
+        if found.features is not None or not processes.on_main(lambda: reference.holds_images(path)):
             return found
         beside = self.reference_of(open_unlabelled(path), 0, capacity, cache, interrupt)
         return dataclasses.replace(found, features=beside.features)

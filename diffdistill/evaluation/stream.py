@@ -123,14 +123,22 @@ class Partial:
         """Writes all processes' shares of the first `done` images. All of them call it together."""
         share = io.BytesIO()
         np.savez(share, **to_arrays(statistics))
-        shares = processes.gathered(share.getvalue())
-        processes.on_main(lambda: self._write(done, seconds, shares))
+        failures: list[OSError] = []
 
-    def _write(self, done: int, seconds: float, shares: list[bytes]) -> None:
+        def keep(process: int, share: bytes) -> None:
+            try:
+                write_atomically(folder / f"process_{process:04d}.npz", lambda file: file.write(share))
+            except OSError as error:
+                failures.append(error)
+
         folder = self.path / str(done)
-        for index, share in enumerate(shares):
-            write_atomically(folder / f"process_{index:04d}.npz", lambda file, share=share: file.write(share))
-        about = json.dumps({"processes": len(shares), "seconds": seconds})
+        processes.gather(share.getvalue(), keep)
+        processes.on_main(lambda: self._complete(folder, done, seconds, failures))
+
+    def _complete(self, folder: Path, done: int, seconds: float, failures: list[OSError]) -> None:
+        for failure in failures:
+            raise failure
+        about = json.dumps({"processes": jax.process_count(), "seconds": seconds})
         write_atomically(folder / "complete", lambda file: file.write(about.encode()))
         for other in self.path.iterdir():
             if int(other.name) < done:

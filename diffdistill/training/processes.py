@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import pickle
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -45,6 +45,8 @@ def initialize(
             "Outside a known cluster give all three (coordinator as host:port of process 0), start every process "
             "with its own process_id, and touch no device before; for one process leave the flag away."
         ) from error
+    # The processes meet for the first time here, which must happen within half a minute on CPUs; later they may wait.
+    any_process(False)
 
 
 def is_main() -> bool:
@@ -103,12 +105,37 @@ def on_main(function: Callable[[], T]) -> T:
     return result
 
 
-def gathered(content: bytes) -> list[bytes]:
-    """The content that each process has, in order, on the main process; nothing on the others."""
-    if jax.process_count() == 1:
-        return [content]
-    found = [_sent_by(process, content) for process in range(jax.process_count())]
-    return found if is_main() else []
+def gather(content: bytes, take: Callable[[int, bytes], object]) -> None:
+    """Calls take(number of the process, its content) for each of them, in order, on the main process alone.
+
+    All processes must call it together. `take` must not fail.
+    """
+    for process in range(jax.process_count()):
+        sent = _sent_by(process, content) if jax.process_count() > 1 else content
+        if is_main():
+            take(process, sent)
+
+
+def tell(what: str, text: str = "") -> None:
+    """Lets the other processes go on that wait for it in `told`, without taking part in anything themselves."""
+    if jax.process_count() > 1:
+        _service().key_value_set(f"diffdistill/{what}", f"{text}.")
+
+
+def told(what: str) -> str:
+    """What the main process has said with `tell`, however long that takes; empty where it has gone without."""
+    while True:
+        try:
+            return _service().blocking_key_value_get(f"diffdistill/{what}", 60_000)[:-1]
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                return ""
+
+
+def _service() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
 
 
 def _sent_by(process: int, content: bytes) -> bytes:

@@ -23,8 +23,9 @@ assert found == {"from": 0, "long": "x" * 5000}
 assert called == ([0] if number == 0 else [])
 assert processes.on_main(lambda: None) is None
 
-shares = processes.gathered(bytes([number]) * (3 + 2000 * number))
-assert shares == ([b"\0" * 3, b"\1" * 2003] if number == 0 else [])
+shares = []
+processes.gather(bytes([number]) * (3 + 2000 * number), lambda *share: shares.append(share))
+assert shares == ([(0, b"\0" * 3), (1, b"\1" * 2003)] if number == 0 else [])
 
 processes._PIECE = 1024  # what is longer goes in pieces
 assert processes.on_main(lambda: b"ab" * 3333) == b"ab" * 3333
