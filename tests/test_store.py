@@ -63,14 +63,14 @@ def train(folder: Path, updates: range) -> None:
         shutil.rmtree(folder / "teacher" / str(update - 2), ignore_errors=True)
 
 
-def at_address() -> dict[str, str]:
+def at_address() -> dict[str, bytes]:
     prefix = "/bucket/run/"
     names = {path: path.removeprefix(prefix) for path in BUCKET.find("/bucket/run")}
-    return {name: BUCKET.cat_file(path).decode() for path, name in names.items() if name != ".diffdistill-session"}
+    return {name: BUCKET.cat_file(path) for path, name in names.items() if name != ".diffdistill-session"}
 
 
-def in_folder(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+def in_folder(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_is_copied_and_found_by_another_machine(machine):
@@ -324,7 +324,7 @@ def test_files_that_are_no_run_are_left_alone(machine):
         store.kept(URL, say=say_nothing),
     ):
         raise AssertionError
-    assert at_address() == {"thesis.pdf": "years of work"}
+    assert at_address() == {"thesis.pdf": b"years of work"}
 
 
 def test_a_run_that_is_gone_from_its_address_stays_here(machine):
