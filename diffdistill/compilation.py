@@ -60,7 +60,7 @@ def _tidy(folder: Path, limit: int = LIMIT) -> None:
     """
     programs = sorted(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime)
     for note in folder.glob(".running-*"):
-        with note.open("r+") as file, contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError), note.open("r+") as file:  # held by a process that runs, or gone by now
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             begun = note.stat().st_mtime
             note.unlink()

@@ -27,9 +27,10 @@ from typing import Any
 from diffdistill import places
 from diffdistill.data import remote
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.training import checksums, processes
 from diffdistill.training.checkpoints import COMMITTED
-from diffdistill.training.errors import OtherProcessFailed
+from diffdistill.training.errors import Interrupted, NonFiniteLoss, OtherProcessFailed
 from diffdistill.training.interrupt import Interrupt
 
 PERIOD = 30.0  # seconds between two copies
@@ -76,9 +77,12 @@ def kept(workdir: str, interrupt: Interrupt | None = None, say: Callable[[str], 
     if not processes.is_main():
         try:
             yield str(store.folder)
-        finally:
-            if processes.told(_CLOSED) == _LOST:
-                raise OtherProcessFailed
+        except BaseException as end:
+            if _ends_all(end) and processes.told(_CLOSED) == _LOST:
+                raise OtherProcessFailed from end
+            raise
+        if processes.told(_CLOSED) == _LOST:
+            raise OtherProcessFailed
         return
     say(f"{workdir} is worked on in {store.folder}")
     end = ""
@@ -99,6 +103,12 @@ def kept(workdir: str, interrupt: Interrupt | None = None, say: Callable[[str], 
         raise
     finally:
         processes.tell(_CLOSED, end)
+
+
+def _ends_all(end: BaseException) -> bool:
+    """Whether what ends this process ends the main one too. Otherwise that one may be waiting for this one."""
+    cause = end.__context__ if isinstance(end, SystemExit) else end  # of the exit code
+    return isinstance(cause, Interrupted | EvaluationInterrupted | NonFiniteLoss | OtherProcessFailed)
 
 
 class Store:
@@ -123,23 +133,30 @@ class Store:
         with self._explained(f"{self.url} cannot be opened"):
             self._place.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            sessions, self._copied = _read(self._place / "record.json")
+            sessions, self._copied = _read(self._place / ".record.json")
             at_address = self._read_session()
             was_last = bool(at_address) and at_address in sessions and self.folder.is_dir()
             self._check(found, was_last)
             session = uuid.uuid4().hex
             if was_last:  # whichever of the two is found there next time, nobody else was there in between
                 self._record([at_address, session])
-            # From here on nobody else copies, so that what is listed now is what is there.
+            # From here on nobody else begins to copy.
             self._files.pipe_file(self._address(_SESSION), session.encode())
             self._session = session
-            found = {name: size for name, (size, *_) in remote.connect(self.url)[2].items() if name != _SESSION}
-            if was_last:
-                self._fetch_missing(found)
-            else:
-                self._fetch(found)
+            self._bring(was_last)
             self._record([session])
         self._thread.start()
+
+    def _bring(self, was_last: bool) -> None:
+        """Makes the folder hold what is at the address; again where another program was still copying."""
+        for attempt in range(ATTEMPTS):
+            found = {name: size for name, (size, *_) in remote.connect(self.url)[2].items() if name != _SESSION}
+            try:
+                return self._fetch_missing(found) if was_last else self._fetch(found)
+            except OSError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(2.0**attempt)
 
     def close(self, say: Callable[[str], Any] = print) -> None:
         """Copies what is new a last time."""
@@ -172,6 +189,14 @@ class Store:
                     "run is whole. Delete that folder and start the same command again, which fetches it."
                 )
             changed = [name for name, facts in here.items() if self._copied.get(name) != facts]
+            # A checkpoint that is there is replaced only by one that was trained again, not by one that is damaged.
+            there = {_checkpoint(name) for name, facts in self._copied.items() if _is_mark(name) and facts != _UNKNOWN}
+            damaged = {
+                checkpoint
+                for checkpoint in there.intersection(map(_checkpoint, changed))
+                if not checksums.are_right(self.folder / checkpoint)
+            }
+            changed = [name for name in changed if _checkpoint(name) not in damaged]
             # A mark that goes up again belongs to another checkpoint than the one that is there.
             self._delete([name for name in changed if _is_mark(name) and name in self._copied])
             self._put(here, changed)
@@ -198,7 +223,7 @@ class Store:
         """First what checkpoints may not be older than, then they, then their marks, the oldest first."""
         if not changed:
             return
-        staged = self._place / "staged"
+        staged = self._place / ".staged"
         shutil.rmtree(staged, ignore_errors=True)
         marked = {_checkpoint(name) for name in changed if _is_mark(name)}
         broken = {checkpoint for checkpoint in marked if not self._is_whole(checkpoint, here)}
@@ -261,8 +286,8 @@ class Store:
 
     def _fetch(self, found: dict[str, int | None]) -> None:
         """Replaces the folder by what lies at the address; what it had that was not copied is put aside."""
-        whole = _with_mark(found)
-        fresh = self._place / "fetched"
+        whole = with_mark(found)
+        fresh = self._place / ".fetched"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         _in_parallel(lambda name: remote.get(self._files, self._address(name), found[name], fresh / name), whole)
@@ -277,16 +302,29 @@ class Store:
         self._copied = {name: _facts(self.folder / name) if name in whole else _UNKNOWN for name in found}
 
     def _fetch_missing(self, found: dict[str, int | None]) -> None:
-        """Fetches what the folder has lost since it was copied: caches may be cleaned."""
-        whole = _with_mark(found)
+        """Fetches what the folder has lost since it was copied: caches may be cleaned.
+
+        What the address has lost goes up again with the next copy.
+        """
+        for name, facts in list(self._copied.items()):
+            if name not in found:
+                del self._copied[name]
+            elif found[name] not in (None, facts[0]):
+                self._copied[name] = _UNKNOWN
+        whole = with_mark(found)
         lost = [name for name in self._copied if name in whole and not (self.folder / name).exists()]
 
         def get(name: str) -> None:
             remote.get(self._files, self._address(name), found[name], self.folder / name)
             self._copied[name] = _facts(self.folder / name)
 
+        moved = {checkpoint for checkpoint in map(_checkpoint, lost) if not (self.folder / checkpoint).exists()}
         _in_parallel(get, [name for name in lost if not _is_mark(name)])
         _in_parallel(get, [name for name in lost if _is_mark(name)])
+        for checkpoint in moved:
+            if not checksums.are_right(self.folder / checkpoint):
+                shutil.rmtree(self.folder / checkpoint)
+                _warn(f"The checkpoint {checkpoint} at {self.url} is damaged, and is not used.")
 
     def _work(self) -> None:
         """Copies until it is told to stop; what cannot be copied now may be later."""
@@ -311,7 +349,7 @@ class Store:
             )
 
     def _take_lock(self) -> None:
-        self._lock = (self._place / "lock").open("w")
+        self._lock = (self._place / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -325,7 +363,7 @@ class Store:
 
     def _record(self, sessions: list[str]) -> None:
         text = json.dumps({"sessions": sessions, "copied": self._copied})
-        write_atomically(self._place / "record.json", lambda file: file.write(text.encode()))
+        write_atomically(self._place / ".record.json", lambda file: file.write(text.encode()))
 
     def _address(self, name: str) -> str:
         return posixpath.join(self._root, name)
@@ -352,8 +390,8 @@ def _read(path: Path) -> tuple[list[str], dict[str, Facts]]:
     return [], {}
 
 
-def _with_mark(found: Iterable[str]) -> list[str]:
-    """What does not belong to a checkpoint without its mark."""
+def with_mark(found: Iterable[str]) -> list[str]:
+    """Those names of files of a run that do not belong to a checkpoint without its mark."""
     names = list(found)
     whole = {_checkpoint(name) for name in names if _is_mark(name)} | {""}
     return [name for name in names if _checkpoint(name) in whole]

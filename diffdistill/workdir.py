@@ -6,20 +6,18 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from diffdistill import config as configs
-from diffdistill import fields
+from diffdistill import fields, store
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
 from diffdistill.data import remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.training import processes
-from diffdistill.training.checkpoints import COMMITTED
 
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")
@@ -142,10 +140,7 @@ def _located(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if not remote.is_remote(path):
         folder = Path(os.path.abspath(path))
         return folder, _of_a_run(folder / "config.json")
-    folder = remote.local(str(path))
-    for checkpoint in folder.glob("*/[0-9]*"):
-        if checkpoint.is_dir() and not (checkpoint / COMMITTED).exists():
-            shutil.rmtree(checkpoint)  # it is being copied there; the next call fetches it
+    folder = remote.local(str(path), store.with_mark)  # without checkpoints that are being copied there
     return folder, _of_a_run(folder / "config.json")
 
 

@@ -15,6 +15,7 @@ from diffdistill.data import DataError
 from diffdistill.store import Store, StoreError
 from diffdistill.training import checksums
 from diffdistill.training.checkpoints import COMMITTED
+from diffdistill.training.errors import Interrupted, OtherProcessFailed, ProcessLost
 from diffdistill.training.interrupt import Interrupt
 
 BUCKET = fsspec.filesystem("memory")
@@ -273,6 +274,81 @@ def test_a_checkpoint_that_is_being_deleted_is_not_copied(machine):
     one.copy()
     assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"3"}
     one.close(say_nothing)
+
+
+def test_a_checkpoint_that_is_damaged_here_replaces_no_good_one(machine, capsys):
+    one = opened()
+    train(one.folder, range(1, 4))
+    one.copy()
+    there = at_address()
+    write(one.folder, "teacher/3/params/d/array", "")
+    one.close(say_nothing)
+    assert at_address() == there
+    shutil.rmtree(one.folder / "teacher" / "3")  # moved away, as the message of the damage says
+    with store.kept(URL, say=say_nothing):
+        assert in_folder(one.folder) == there  # the good one has come back
+    assert capsys.readouterr().err == ""
+
+    BUCKET.pipe_file("/bucket/run/teacher/3/params/d/array", b"damaged there!")  # as long as it was
+    shutil.rmtree(one.folder / "teacher" / "3")
+    with store.kept(URL, say=say_nothing):
+        assert not (one.folder / "teacher" / "3").exists()
+    assert "The checkpoint teacher/3 at memory://bucket/run is damaged" in capsys.readouterr().err
+
+
+def test_what_the_address_has_lost_goes_up_again(machine):
+    with store.kept(URL, say=say_nothing) as path:
+        train(Path(path), range(1, 4))
+    there = at_address()
+    BUCKET.rm("/bucket/run/teacher", recursive=True)
+    with store.kept(URL, say=say_nothing):
+        pass
+    assert at_address() == there
+
+
+def test_files_that_change_while_they_are_fetched_are_fetched_again(machine, monkeypatch):
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
+    with store.kept(URL, say=say_nothing) as path:
+        train(Path(path), range(1, 4))
+    honest, changes = type(BUCKET).get_file, [b"longer\n" * 30, b"short\n"]
+
+    def get(self, path, to, **more):
+        if path.endswith("metrics.jsonl") and changes:
+            BUCKET.pipe_file(path, changes.pop())
+        honest(self, path, to, **more)
+
+    monkeypatch.setattr(type(BUCKET), "get_file", get)
+    machine(2)
+    with store.kept(URL, say=say_nothing) as path:
+        assert (Path(path) / "metrics.jsonl").read_bytes() == b"longer\n" * 30
+    changes.append(b"read while it grows\n")
+    assert (workdir.remote.local(URL) / "metrics.jsonl").read_bytes() == b"read while it grows\n"
+
+
+@pytest.mark.parametrize("name", ["staged", "fetched", "lock", "record.json"])
+def test_a_run_may_have_any_name(machine, name):
+    with store.kept(f"memory://bucket/{name}", say=say_nothing) as path:
+        train(Path(path), range(1, 4))
+    assert BUCKET.exists(f"/bucket/{name}/teacher/3/{COMMITTED}")
+    assert (Path(path) / "teacher" / "3").exists()
+
+
+def test_only_a_process_that_ends_with_the_others_waits_for_them():
+    def ended(error: BaseException) -> BaseException:
+        try:
+            try:
+                raise error
+            except type(error):
+                raise SystemExit(1)  # noqa: B904 - as the front door does
+        except SystemExit as end:
+            return end
+
+    for error in (Interrupted("teacher", 1, 2, "SIGTERM"), OtherProcessFailed()):
+        assert store._ends_all(error)
+        assert store._ends_all(ended(error))
+    for error in (DataError("no such image"), ProcessLost("gone"), KeyboardInterrupt()):
+        assert not store._ends_all(error)
+        assert not store._ends_all(ended(error))
 
 
 def test_an_address_where_nothing_was_begun_stays_empty(machine):

@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffdistill import places
 from diffdistill.data.contract import DataError
 from diffdistill.data.parallel import for_each
 
+ATTEMPTS = 3  # at files that change while they are fetched
 _LISTING, _LOCK = ".listing.json", ".lock"
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "created")
@@ -30,24 +31,35 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in str(path)
 
 
-def local(url: str) -> Path:
+def local(url: str, choose: Callable[[Iterable[str]], Iterable[str]] | None = None) -> Path:
     """The copy on this machine of a file, or of a folder with all that lies below it.
+
+    Where files change while they are fetched, they are listed and fetched again.
+
+    Args:
+      url: an address that fsspec knows.
+      choose: the names of all files in a folder -> those to fetch.
 
     Raises:
       DataError: a kind of address that is not known or lacks its package, nothing there, no access, a full disk.
     """
-    files, root, found = connect(url)
-    if not found:
-        raise DataError(f"{url} does not exist, or is empty; check the address")
-    name = posixpath.basename(root.rstrip("/")) or "data"
-    target = places.cache() / "data" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    try:
-        _fetch(files, root, found, target, url)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room" if full else "check the network and the credentials"
-        raise DataError(f"{url} cannot be copied to {target} ({error}); {advice}, and start again") from error
-    return target
+    for attempt in range(ATTEMPTS):
+        files, root, found = connect(url)
+        if not found:
+            raise DataError(f"{url} does not exist, or is empty; check the address")
+        if choose is not None:
+            found = {name: found[name] for name in choose(found)}
+        name = posixpath.basename(root.rstrip("/")) or "data"
+        target = places.cache() / "data" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+        try:
+            _fetch(files, root, found, target, url)
+            return target
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or attempt == ATTEMPTS - 1:
+                advice = "make room" if full else "check the network and the credentials"
+                raise DataError(f"{url} cannot be copied to {target} ({error}); {advice}, and start again") from error
+    raise AssertionError  # the last attempt returns or raises
 
 
 def connect(url: str) -> tuple[Any, str, dict[str, list[Any]]]:

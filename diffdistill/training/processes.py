@@ -3,6 +3,7 @@
 The main process keeps the run: it alone reads and writes the workdir, and tells the others what they need of it.
 """
 
+import collections
 import contextlib
 import hashlib
 import pickle
@@ -20,6 +21,7 @@ HEARTBEAT_SECONDS = 30
 """After so long without a sign of life from a process of the job, JAX ends the others."""
 
 _PIECE = 2**26  # bytes sent at once
+_told: collections.Counter[str] = collections.Counter()
 
 
 def initialize(
@@ -119,17 +121,24 @@ def gather(content: bytes, take: Callable[[int, bytes], object]) -> None:
 def tell(what: str, text: str = "") -> None:
     """Lets the other processes go on that wait for it in `told`, without taking part in anything themselves."""
     if jax.process_count() > 1:
-        _service().key_value_set(f"diffdistill/{what}", f"{text}.")
+        _service().key_value_set(_key(what), f"{text}.")
 
 
 def told(what: str) -> str:
     """What the main process has said with `tell`, however long that takes; empty where it has gone without."""
+    key = _key(what)
     while True:
         try:
-            return _service().blocking_key_value_get(f"diffdistill/{what}", 60_000)[:-1]
+            return _service().blocking_key_value_get(key, 5_000)[:-1]
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 return ""
+
+
+def _key(what: str) -> str:
+    """Another one each time that something is told."""
+    _told[what] += 1
+    return f"diffdistill/{what}/{_told[what]}"
 
 
 def _service() -> Any:

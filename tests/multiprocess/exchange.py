@@ -31,6 +31,13 @@ processes._PIECE = 1024  # what is longer goes in pieces
 assert processes.on_main(lambda: b"ab" * 3333) == b"ab" * 3333
 
 
+for text in ("first", "lost"):
+    if number == 0:
+        processes.tell("the end", text)
+    else:
+        assert processes.told("the end") == text
+
+
 def fail() -> None:
     raise ValueError("the disk is full")
 
