@@ -124,6 +124,7 @@ class Store:
         self._lock: Any = None
         self._session = ""
         self._copied: dict[str, Facts] = {}  # what lies at the address, as it was here
+        self._copying = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="diffdistill-store", daemon=True)
 
@@ -179,8 +180,8 @@ class Store:
         say(f"{self.url}: everything is copied")
 
     def copy(self) -> None:
-        """Makes the address hold what the folder holds. Raises StoreError."""
-        with self._explained(f"The run cannot be copied to {self.url}"):
+        """Makes the address hold what the folder holds; of two threads one after the other. Raises StoreError."""
+        with self._copying, self._explained(f"The run cannot be copied to {self.url}"):
             self._check_session()
             here, checkpoints = _files_of(self.folder)
             if "config.json" not in here and "config.json" in self._copied:

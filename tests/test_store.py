@@ -204,7 +204,7 @@ def test_of_two_machines_the_later_one_counts(machine, monkeypatch, capsys):
         train(Path(path), range(3, 4))
     there = at_address()
     train(one.folder, range(3, 5))
-    one._thread.join(5)
+    one._thread.join(60)
     assert interrupt.reason == f"another program, which has opened {URL},"
     with pytest.raises(store.Lost, match="Another program has opened memory://bucket/run"):
         one.close(say_nothing)

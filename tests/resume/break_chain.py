@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import kill_chain
@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 UPDATES, KEEP = 24, 2
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 CALLS = ("open", "read", "write", "rename", "sync", "mkdir")
+STORE_CALLS = ("open", "open", "write", "read", "mkdir")  # of which fsspec makes use
 ERRORS = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ETIMEDOUT)
 WAYS_OUT = r"same command|Move that directory away|Restore|[Cc]hoose|Free some|Try a lower"
 
@@ -55,8 +56,9 @@ class Chain:
         """Where what is moved away goes."""
         return self.folder / "moved_away"
 
-    def start(self, program: str = "main.py", **environment: str) -> subprocess.Popen[str]:
-        return kill_chain.start(self.workdir, UPDATES, "digits", program=program, environment=environment)
+    def start(self, program: str = "main.py", *, address: bool = False, **environment: str) -> subprocess.Popen[str]:
+        workdir = self.workdir.as_uri() if address else self.workdir
+        return kill_chain.start(workdir, UPDATES, "digits", program=program, environment=environment)
 
     def reach(self, process: subprocess.Popen[str]) -> bool:
         """Waits until a few more checkpoints are there, and a moment; False where the process ended first."""
@@ -109,22 +111,46 @@ def nan_batch(chain: Chain) -> Outcome:
     return stopped(chain, process, f"batch {number} of the start is NaN", lambda: process.returncode == 3)
 
 
-def failing_call(chain: Chain) -> Outcome:
-    call, number = chain.chance.choice(CALLS), chain.chance.choice(ERRORS)
+def failing(chain: Chain, calls: Sequence[str]) -> tuple[dict[str, str], str, Path]:
+    """(environment in which calls below the workdir fail, what fails, file that is there once one has failed)."""
+    call, number = chain.chance.choice(calls), chain.chance.choice(ERRORS)
     after, times = int(10 ** chain.chance.uniform(0, 2.5)), chain.chance.choice((1, 10**9))
     mark = chain.folder.parent / "struck"
     mark.unlink(missing_ok=True)
-    process = chain.start(
-        LD_PRELOAD=str(chain.library),
-        FAIL_BELOW=str(chain.workdir),
-        FAIL_CALL=call,
-        FAIL_AFTER=str(after),
-        FAIL_TIMES=str(times),
-        FAIL_ERRNO=str(number),
-        FAIL_MARK=str(mark),
-    )
+    environment = {
+        "LD_PRELOAD": str(chain.library),
+        "FAIL_BELOW": str(chain.workdir),
+        "FAIL_CALL": call,
+        "FAIL_AFTER": str(after),
+        "FAIL_TIMES": str(times),
+        "FAIL_ERRNO": str(number),
+        "FAIL_MARK": str(mark),
+    }
     often = "once" if times == 1 else "from then on"
-    return stopped(chain, process, f"{call} {after} fails {often}: {errno.errorcode[number]}", mark.exists)
+    return environment, f"{call} {after} fails {often}: {errno.errorcode[number]}", mark
+
+
+def failing_call(chain: Chain) -> Outcome:
+    environment, detail, mark = failing(chain, CALLS)
+    return stopped(chain, chain.start(**environment), detail, mark.exists)
+
+
+def lost_machine(chain: Chain) -> Outcome:
+    """Another machine goes on, for which the workdir is an address; it is stopped, and what it has is gone."""
+    machine = chain.folder / "machine"
+    environment = {"XDG_CACHE_HOME": str(machine)}
+    detail, name = "", chain.chance.choice(list(SIGNALS))
+    if chain.library is not None and chain.chance.random() < 0.6:
+        more, detail, _ = failing(chain, STORE_CALLS)
+        environment |= more
+    process = chain.start(str(HERE / "copied_often.py"), address=True, **environment)
+    try:
+        alive = chain.reach(process)
+        process.send_signal(SIGNALS[name])
+        outcome = ended(process, f"{name}{', ' * bool(detail)}{detail}")
+        return dataclasses.replace(outcome, struck=alive or outcome.code == 1)
+    finally:
+        shutil.rmtree(machine, ignore_errors=True)
 
 
 def full_disk(chain: Chain) -> Outcome:
@@ -188,6 +214,7 @@ FAULTS: dict[str, Callable[[Chain], Outcome]] = {
     "failing call": failing_call,
     "full disk": full_disk,
     "read-only": read_only,
+    "lost machine": lost_machine,
     **{kind: lambda chain, kind=kind: damage(chain, kind) for kind in ("truncate", "flip", "remove")},
 }
 NEEDS_DISK = ("full disk", "read-only")
@@ -219,21 +246,21 @@ def check(chain: Chain, fault: str, outcome: Outcome, before: dict[tuple[str, in
         assert newer >= KEEP or not lost, f"{lost} of {stage}/{step} are lost: {outcome}"
     assert "Traceback" not in outcome.errors, outcome.errors
     expected = {"kill": (-9,), "terminate": (143,), "interrupt": (130,), "nan batch": (3, 143)}
-    expected |= {"full disk": (1,), "read-only": (1,)}
+    expected |= {"full disk": (1,), "read-only": (1,), "lost machine": (1, -9, 143, 130)}
     # A process that has failed or finished may be told to stop when it no longer listens.
     over = "Error: " in outcome.errors or f"{UPDATES}/{UPDATES}" in outcome.errors
     ending = outcome.code == -signal.SIGTERM and over
     assert ending or outcome.code in (0, *expected.get(fault, (1, 143))), f"exit code {outcome.code}: {outcome.errors}"
     if outcome.code in (1, 3):
         assert len(re.findall("^Error: ", outcome.errors, re.MULTILINE)) == 1, outcome.errors
-        assert str(chain.workdir) in outcome.errors or outcome.code == 3, outcome.errors
+        assert str(chain.folder) in outcome.errors or outcome.code == 3, outcome.errors
         assert re.search(WAYS_OUT, outcome.errors), outcome.errors
 
 
 def take_the_way_out(chain: Chain, errors: str) -> str:
     """Does what a refusal asks for. Returns what that was."""
     named = re.search(r"The checkpoint (\S+) is damaged", errors)
-    if named:
+    if named and Path(named[1]).is_relative_to(chain.workdir):
         chain.spare.mkdir(exist_ok=True)
         place = Path(tempfile.mkdtemp(dir=chain.spare))
         shutil.move(named[1], place)

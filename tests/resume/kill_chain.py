@@ -29,7 +29,12 @@ CHAINS = {
 
 
 def start(
-    workdir: Path, updates: int, chain: str, *, program: str = "main.py", environment: Mapping[str, str] | None = None
+    workdir: Path | str,
+    updates: int,
+    chain: str,
+    *,
+    program: str = "main.py",
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """One of CHAINS in a process of its own: `updates` updates a stage, a checkpoint every fourth."""
     config, stages = CHAINS[chain]
