@@ -116,7 +116,7 @@ def _messages(interrupt: Interrupt) -> Iterator[None]:
     from diffdistill.evaluation.results import ResultsError
     from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
     from diffdistill.generator import SampleError
-    from diffdistill.store import StoreError
+    from diffdistill.mirror import StoreError
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.weights import WeightsError
     from diffdistill.workdir import WorkdirError

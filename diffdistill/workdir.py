@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill import config as configs
-from diffdistill import fields, store
+from diffdistill import fields, mirror
 from diffdistill.chain import DataFacts
 from diffdistill.config import Config
 from diffdistill.data import remote
@@ -140,7 +140,7 @@ def _located(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if not remote.is_remote(path):
         folder = Path(os.path.abspath(path))
         return folder, _of_a_run(folder / "config.json")
-    folder = remote.local(str(path), store.with_mark)  # without checkpoints that are being copied there
+    folder = remote.local(str(path), mirror.with_mark)  # without checkpoints that are being copied there
     return folder, _of_a_run(folder / "config.json")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from diffdistill import runner, sample, store, workdir
+from diffdistill import mirror, runner, sample, store, workdir
 from diffdistill.data import DataError
 from diffdistill.store import Store, StoreError
 from diffdistill.training import checksums
@@ -141,7 +141,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_can_be_continued(machine, monkey
     one = opened()
     train(one.folder, range(1, 3))
     one.copy()
-    monkeypatch.setattr(store, "_in_parallel", lambda function, names: [function(name) for name in names])
+    monkeypatch.setattr(mirror, "_in_parallel", lambda function, names: [function(name) for name in names])
     train(one.folder, range(3, 5))
     left = operations
 
