@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.evaluation import page, plots, tables, transfer_section
+from diffdistill.evaluation.drawings import Drawings
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.tables import Block, Entry, Weight
 
@@ -54,23 +55,26 @@ def write_report(
 ) -> Path:
     """Writes the page to `path`, and beside it distance.png (all guidance weights) and plots/*.png (one each).
 
-    Whatever is missing is shown as missing. Returns the path of the page; raises OSError where it cannot be written.
+    Plots whose figures have not changed are not drawn again. Whatever is missing is shown as missing. Returns the path
+    of the page; raises OSError where it cannot be written.
     """
     path = Path(path)
     folder = path.parent
+    losses = list(losses)
+    drawings = Drawings(folder / "plots", [list(map(dict, results)), list(map(dict, losses))])
     arranged = tables.arrange(results)
     if arranged:
         present = {block.metric.name for blocks in arranged.values() for block in blocks}
         plotted = [name for name in PLOTTED if name in present]
         if plotted:
-            _save(folder / "distance.png", plots.overview_plot(arranged, plotted))
+            drawings.png("../distance.png", plots.overview_plot, arranged, plotted)
     weights: list[Weight] = list(arranged)
     weights += [w for w in dict.fromkeys(_weight(grid) for grid in grids) if w not in arranged]
     sections = [
         page.section(
             f"weight-{index}",
             tables.weight_text(w),
-            _distances(folder, w, arranged.get(w, [])),
+            _distances(drawings, w, arranged.get(w, [])),
             _results_table(arranged.get(w, []), _evaluations(results, w)),
             _grids(folder, [grid for grid in grids if _weight(grid) == w], opened=index == 0),
         )
@@ -79,7 +83,7 @@ def write_report(
     if not sections:
         sections = [page.section("results", "Results", page.missing("No results yet."))]
     links = [(f"weight-{index}", tables.weight_text(w)) for index, w in enumerate(weights)]
-    guidance = _guidance(folder, arranged)
+    guidance = _guidance(drawings, arranged)
     if guidance:
         sections.append(page.section("guidance", "FID against inception score over w", guidance))
         links.append(("guidance", "FID against IS"))
@@ -94,9 +98,10 @@ def write_report(
         "</header>",
         *sections,
         page.section("costs", "What each stage cost", _costs(costs)),
-        page.section("losses", "Training losses", _losses(folder, losses)),
+        page.section("losses", "Training losses", _losses(drawings, losses)),
         page.section("run", "The run", _facts(facts or {})),
     ]
+    drawings.finished()
     return write_atomically(path, lambda file: file.write(page.page(title, links, content).encode()))
 
 
@@ -105,21 +110,21 @@ def _explanations(results: Sequence[Entry]) -> list[str]:
     return [*texts, *(remark for remark in tables.remarks(results) if remark != tables.NOT_FID)]
 
 
-def _distances(folder: Path, w: Weight, blocks: Sequence[Block]) -> str:
+def _distances(drawings: Drawings, w: Weight, blocks: Sequence[Block]) -> str:
     chosen = [block for block in blocks if block.metric.name in PLOTTED]
     if not chosen:
         return page.missing("No distances measured at this guidance weight.")
     content = []
     for block in chosen:
-        light, dark = (plots.distance_plot(w, block, theme) for theme in (plots.LIGHT, plots.DARK))
-        name = "none" if w is None else f"{w:g}"
-        _save(folder / "plots" / f"{block.metric.name}_w{name}.png", light)
+        name = f"{block.metric.name}_w{'none' if w is None else f'{w:g}'}.png"
+        light = drawings.png(name, plots.distance_plot, w, block)
+        dark = drawings.png(f"dark/{name}", plots.distance_plot, w, block, plots.DARK)
         alt = f"{block.metric.title} against sampling steps, {tables.weight_text(w)}"
         content.append(page.figure(light, alt, dark=dark, width=plots.DISTANCE_WIDTH))
     return page.figures(content)
 
 
-def _guidance(folder: Path, arranged: Mapping[Weight, Sequence[Block]]) -> str:
+def _guidance(drawings: Drawings, arranged: Mapping[Weight, Sequence[Block]]) -> str:
     """One curve per number of steps, a point per guidance weight; empty where not both were measured at two weights."""
     found: dict[tuple[str, int], dict[float, dict[str, float]]] = {}
     for w, blocks in arranged.items():
@@ -136,8 +141,8 @@ def _guidance(folder: Path, arranged: Mapping[Weight, Sequence[Block]]) -> str:
     drawn = [curve for curve in curves if curve is not None]
     if not drawn:
         return ""
-    light, dark = (plots.guidance_plot("", drawn, theme) for theme in (plots.LIGHT, plots.DARK))
-    _save(folder / "plots" / "fid_is.png", light)
+    light = drawings.png("fid_is.png", plots.guidance_plot, "", drawn)
+    dark = drawings.png("dark/fid_is.png", plots.guidance_plot, "", drawn, plots.DARK)
     width = plots.DISTANCE_WIDTH * len({curve.panel for curve in drawn})
     return page.figures([page.figure(light, "FID against inception score over w", dark=dark, width=width)])
 
@@ -197,15 +202,15 @@ def _grid(folder: Path, grid: Entry) -> str:
     return page.figure(png, f"samples: {caption}, {grid['num_steps']} steps", caption=caption)
 
 
-def _losses(folder: Path, losses: Iterable[Entry]) -> str:
-    losses = list(losses)
+def _losses(drawings: Drawings, losses: Sequence[Entry]) -> str:
     curves = plots.loss_curves(losses)
     if not curves:
         return page.missing("No loss curves recorded.")
     content = []
     for stage, (steps, values) in curves.items():
-        light, dark = (plots.loss_plot(stage, steps, values, theme) for theme in (plots.LIGHT, plots.DARK))
-        _save(folder / "plots" / f"loss_{stage or 'unnamed'}.png", light)
+        name = f"loss_{stage or 'unnamed'}.png"
+        light = drawings.png(name, plots.loss_plot, stage, steps, values)
+        dark = drawings.png(f"dark/{name}", plots.loss_plot, stage, steps, values, plots.DARK)
         content.append(page.figure(light, f"training loss of {stage}", dark=dark, width=plots.LOSS_WIDTH))
     return page.figures(content, "small") + _losses_by_log_snr(losses)
 
@@ -267,7 +272,3 @@ def _facts(facts: Mapping[str, Any]) -> str:
 def _weight(entry: Entry) -> Weight:
     w = entry.get("w")
     return None if w is None else float(w)
-
-
-def _save(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))

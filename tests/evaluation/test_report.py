@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffdistill.evaluation import images, report, tables
+from diffdistill.evaluation import images, plots, program, report, tables
 
 
 def entry(
@@ -126,11 +126,55 @@ def test_plots_lie_beside_the_page(full) -> None:
     assert names == {
         "distance.png",
         "grids/teacher.png",
-        "plots/frechet_to_data_w0.png",
-        "plots/frechet_to_teacher_w0.png",
-        "plots/loss_teacher.png",
+        *(
+            f"plots/{theme}{name}.png"
+            for theme in ("", "dark/")
+            for name in ("frechet_to_data_w0", "frechet_to_teacher_w0", "loss_teacher")
+        ),
     }
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_plots_are_drawn_again_where_what_they_show_or_what_draws_them_has_changed(tmp_path, monkeypatch):
+    drawn = []
+    original = plots.png_bytes
+    monkeypatch.setattr(plots, "png_bytes", lambda figure: drawn.append(figure) or original(figure))
+    monkeypatch.setattr(program, "revision", lambda: "v1-1-gabc")
+
+    def pictures(results=RESULTS, title="one"):
+        drawn.clear()
+        page = report.write_report(
+            tmp_path / "report.html",
+            title=title,
+            results=results,
+            losses=[{"stage": "teacher", "step": 1, "loss": 1.0}],
+        )
+        assert title in page.read_text()
+        return len(drawn), sorted(re.findall(r"data:image/png;base64,[^\"]+", page.read_text()))
+
+    count, first = pictures()
+    assert count == 1 + 2 * 3
+    assert pictures(title="two") == (0, first)
+    (tmp_path / "plots" / "dark" / "loss_teacher.png").unlink()
+    assert pictures() == (1, first)
+    more, others = pictures([*RESULTS[:-1], entry("teacher", 4, 20.0)])
+    assert more == count
+    assert others != first
+    assert pictures()[0] == count
+    for revision in ("v1-2-gdef", "v1-2-gdef-dirty", "v1-2-gdef-dirty", "v1-2-gdef"):
+        monkeypatch.setattr(program, "revision", lambda revision=revision: revision)
+        assert pictures() == (count, first)
+    assert pictures() == (0, first)
+
+    def stopped(figure):
+        raise KeyboardInterrupt
+
+    changed = [*RESULTS[:-1], entry("teacher", 8, 10.0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "png_bytes", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pictures(changed)
+    assert pictures() == (count, first)  # some are of the other figures
 
 
 def test_missing_pieces_are_named(full, tmp_path) -> None:
