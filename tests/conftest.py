@@ -5,7 +5,9 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users run, in about one and a half t
 """
 
 import dataclasses
+import fcntl
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -22,6 +24,19 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="orbax|flax|tensorflow_datasets")
 
 
+@pytest.fixture(scope="module")
+def optimised() -> Iterator[None]:
+    """XLA's usual optimisations, for networks so large that running them takes longer than compiling them."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # of programs that tests start
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @dataclasses.dataclass(frozen=True)
 class SmokeRun:
     """A finished run of configs/digits.py:smoke.
@@ -29,28 +44,46 @@ class SmokeRun:
     Attributes:
       path: its workdir; copy it before changing anything.
       run: what runner.prepare returned.
-      traces: number of steps (traced or not) at every call of the halving step's target.
-      said: the lines printed meanwhile.
+      traces: how often the halving step's target was traced.
     """
 
     path: Path
     run: Any
-    traces: list[Any]
-    said: list[str]
+    traces: int
 
 
 @pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory) -> Iterator[SmokeRun]:
     """The whole smoke chain, trained once for all tests that look at a finished run: who writes in it, copies it."""
     from configs import digits
-    from diffdistill import chain, runner
+    from diffdistill import runner
     from diffdistill.config import resolve
+
+    config = resolve(digits.get_config("smoke"))
+    base = tmp_path_factory.getbasetemp()
+    trained = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke"
+    trained.mkdir(exist_ok=True)
+    with (trained / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of pytest-xdist train it once
+        traces = trained / "traces"
+        if not traces.exists():
+            traces.write_text(str(_train(config, trained / "run")))
+    path = tmp_path_factory.mktemp("smoke") / "run"
+    shutil.copytree(trained / "run", path)
+    run = runner.prepare(config, str(path))
+    shutil.copy(trained / "run" / "config.json", path)  # in which that was a second start
+    files = {file for file in path.rglob("*") if file.is_file()}
+    yield SmokeRun(path, run, int(traces.read_text()))
+    assert {file for file in path.rglob("*") if file.is_file()} == files, "a test wrote into the run that all share"
+
+
+def _train(config: Any, path: Path) -> int:
+    """Trains a run; returns how often the target of its halving rounds was traced."""
+    from diffdistill import chain, runner
     from diffdistill.samplers import ddim
     from diffdistill.training.interrupt import Interrupt
 
-    path = tmp_path_factory.mktemp("smoke") / "run"
     traces: list[Any] = []
-    said: list[str] = []
     original = ddim.two_step_target
 
     def counted(*arguments: Any, **keywords: Any) -> Any:
@@ -60,9 +93,6 @@ def smoke_run(tmp_path_factory) -> Iterator[SmokeRun]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ddim, "two_step_target", counted)
         chain._method.cache_clear()  # an earlier test may have bound this chain without the counter
-        run = runner.prepare(resolve(digits.get_config("smoke")), str(path))
-        runner.train(run, Interrupt(), say=said.append)
+        runner.train(runner.prepare(config, str(path)), Interrupt(), say=lambda text: None)
         chain._method.cache_clear()
-    files = {file for file in path.rglob("*") if file.is_file()}
-    yield SmokeRun(path, run, traces, said)
-    assert {file for file in path.rglob("*") if file.is_file()} == files, "a test wrote into the run that all share"
+    return len(traces)

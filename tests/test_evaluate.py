@@ -22,6 +22,8 @@ from diffdistill.evaluation.reference import StatisticsError
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.weights import WeightsError, fetch
 
+pytestmark = pytest.mark.usefixtures("optimised")  # the Inception network
+
 NAMES = ["fid", "sfid", "is", "kid", "precision", "recall"]
 
 

@@ -49,7 +49,7 @@ def test_the_config_of_a_run_can_be_given_again(smoke_run):
 def test_the_step_of_halving_is_traced_once_for_the_whole_chain(smoke_run):
     rounds = [stage for stage in smoke_run.run.stages if stage.method == "progressive"]
     assert len(rounds) == 2
-    assert len(smoke_run.traces) == 1
+    assert smoke_run.traces == 1
 
 
 def test_a_finished_run_is_left_as_it_is(copied):

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from kill_chain import ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
 import random_inception
 
 from diffdistill.weights import fetch
+
+pytestmark = pytest.mark.usefixtures("optimised")  # the Inception network
 
 
 def start(out: Path, weights: Path, devices: int, *more: str) -> subprocess.Popen[str]:

@@ -15,6 +15,7 @@ KINDS = (
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_chain_that_is_broken_again_and_again_equals_one_left_alone(tmp_path, monkeypatch):
     """One fault of each kind, which ones is a matter of chance."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
