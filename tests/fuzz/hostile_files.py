@@ -64,23 +64,31 @@ def npy_header(shape: str, descr: str = "|u1") -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
 
 
+def _deflated(start: bytes, size: int) -> tuple[bytes, int]:
+    """(deflate stream of `start` and `size` zeros, their CRC-32); one block of zeros, compressed once, is repeated."""
+    squeeze, block = zlib.compressobj(9, zlib.DEFLATED, -15), bytes(1 << 20)
+    head = squeeze.compress(start) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    zeros = squeeze.compress(block) + squeeze.flush(zlib.Z_FULL_FLUSH)  # refers to nothing before it
+    check = zlib.crc32(start)
+    for _ in range(size >> 20):
+        check = zlib.crc32(block, check)
+    return head + zeros * (size >> 20) + squeeze.flush(), check
+
+
 @functools.lru_cache
 def gzip_bomb(start: bytes = b"", size: int = BOMB) -> bytes:
-    squeeze, block = zlib.compressobj(9, zlib.DEFLATED, 31), bytes(1 << 20)
-    return squeeze.compress(start) + b"".join(squeeze.compress(block) for _ in range(size >> 20)) + squeeze.flush()
+    stream, check = _deflated(start, size)
+    return b"\x1f\x8b\x08\0\0\0\0\0\2\xff" + stream + struct.pack("<II", check, len(start) + size)
 
 
 @functools.lru_cache
 def zip_bomb(name: str, start: bytes = b"", size: int = BOMB) -> bytes:
-    stream = io.BytesIO()
-    with (
-        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open(name, "w", force_zip64=True) as file,
-    ):
-        file.write(start)
-        for _ in range(size >> 20):
-            file.write(bytes(1 << 20))
-    return stream.getvalue()
+    stream, check = _deflated(start, size)
+    # Version, flags, method, time, date, then the sizes and the length of the name.
+    facts = struct.pack("<5H3IH", 20, 0, 8, 0, 0x21, check, len(stream), len(start) + size, len(name))
+    entry = b"PK\3\4" + facts + bytes(2) + name.encode() + stream
+    directory = b"PK\1\2" + struct.pack("<H", 20) + facts + bytes(16) + name.encode()
+    return entry + directory + b"PK\5\6" + struct.pack("<4H2IH", 0, 0, 1, 1, len(directory), len(entry), 0)
 
 
 def picture(side: int = 6, kind: str = "PNG", value: int = 0) -> bytes:
@@ -97,8 +105,10 @@ def png_bomb(side: int = 40_000) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    squeeze = zlib.compressobj(9)
-    rows = b"".join(squeeze.compress(bytes(side + 1)) for _ in range(side)) + squeeze.flush()
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
+    row = squeeze.compress(bytes(side + 1)) + squeeze.flush(zlib.Z_FULL_FLUSH)
+    check = (side * (side + 1) % 65521) << 16 | 1  # Adler-32 of zeros
+    rows = b"\x78\xda" + row * side + squeeze.flush() + struct.pack(">I", check)
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 

@@ -12,7 +12,7 @@ import readers
 def test_no_reader_does_anything_but_read_or_refuse(capsys, monkeypatch):
     monkeypatch.chdir(readers.ROOT)
     seed = random.randrange(10**6)
-    counts = fuzz_readers.fuzz([], inputs=8, seed=seed)
+    counts = fuzz_readers.fuzz([], inputs=15, seed=seed)
     total = sum(counts.values(), Counter())
     assert total["finding"] == 0, f"seed {seed}: {capsys.readouterr().out}"
     assert all(count["accepted"] and count["refused"] for count in counts.values()), counts
