@@ -97,7 +97,9 @@ class Watch:
     """Notes what a reader does beside reading, while it is on."""
 
     def __init__(self, scratch: Path) -> None:
-        self.scratch, self.on, self.seen = str(scratch), False, []
+        # Programs that JAX compiles meanwhile may be kept.
+        self.places = (str(scratch), os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(scratch))
+        self.on, self.seen = False, []
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -105,12 +107,12 @@ class Watch:
             return
         if event in WATCHED:
             self.seen.append(f"{event} {arguments[:1]}")
-        elif event in CHANGING and not os.fsdecode(arguments[0]).startswith(self.scratch):
+        elif event in CHANGING and not os.fsdecode(arguments[0]).startswith(self.places):
             self.seen.append(f"{event} {arguments[0]}")
         elif event == "open" and isinstance(arguments[0], str | bytes):
             path, _, flags = arguments
             name = os.fsdecode(path)
-            if (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not name.startswith((self.scratch, "/dev/")):
+            if (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not name.startswith((*self.places, "/dev/")):
                 self.seen.append(f"open for writing {name}")
 
     @contextlib.contextmanager
