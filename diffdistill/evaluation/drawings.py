@@ -26,7 +26,7 @@ class Drawings:
         self._key = hashlib.sha256(json.dumps([of, drawer], sort_keys=True).encode()).hexdigest()
         if program.revision().endswith("-dirty"):  # whatever draws them may have changed
             self._key = ""
-        self._kept = bool(self._key) and self._note.exists() and self._note.read_text() == self._key
+        self._kept = bool(self._key) and self._note.exists() and self._note.read_bytes() == self._key.encode()
         if not self._kept:
             self._note.unlink(missing_ok=True)
 
