@@ -1,4 +1,4 @@
-"""Every row of the papers' tables: built at full size without allocating anything, and trained in its smoke variant."""
+"""Every row of the papers' tables is built at full size without allocating anything; some train as smoke variants."""
 
 import importlib
 

@@ -5,6 +5,8 @@ fsspec's memory:// stands for an object store; a machine is a cache folder.
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -215,6 +217,25 @@ def test_of_two_machines_the_later_one_counts(machine, monkeypatch, capsys):
     (aside,) = Path(path).parent.glob("run-before-*")
     assert (aside / "teacher" / "4").is_dir()
     assert f"beyond that is in {aside}" in capsys.readouterr().err
+
+
+def test_two_threads_copy_one_after_the_other(machine, monkeypatch):
+    one, inside, seen = opened(), [], []
+
+    def copy(self):
+        inside.append(self)
+        time.sleep(0.05)
+        seen.append(len(inside))
+        inside.pop()
+
+    monkeypatch.setattr(mirror.Mirror, "copy", copy)
+    threads = [threading.Thread(target=one.copy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    one.close(say_nothing)
+    assert seen == [1, 1, 1, 1]
 
 
 def test_a_program_that_copies_while_another_opens_the_run_harms_nothing(machine, monkeypatch):
