@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -42,20 +42,33 @@ class Style:
     qkv: Initialiser = initialisers.fan_in_normal
     random_bias: bool = False
 
-    def norm(self, x: jax.Array, name: str, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """GroupNorm of (B, H, W, C), computed in float32."""
+    def norm(self, x: jax.Array, name: str, dtype: DTypeLike = jnp.float32, **options: Any) -> jax.Array:
+        """GroupNorm of (B, H, W, C), computed in float32; options as of its __call__."""
         groups = min(self.num_groups, max(x.shape[-1] // self.channels_per_group, 1))
-        return layers.GroupNorm(groups, dtype, self.eps, name=name)(x)
+        return layers.GroupNorm(groups, dtype, self.eps, name=name)(x, **options)
 
     def conv(self, x: jax.Array, features: int, name: str, dtype: DTypeLike = jnp.float32, **options) -> jax.Array:
         """3x3 convolution of (B, H, W, C); options as of flax's Conv."""
         init = {"kernel_init": self.kernel, "bias_init": self._bias(9 * x.shape[-1])}
         return nn.Conv(features, (3, 3), dtype=dtype, name=name, **{**init, **options})(x)
 
+    def unbiased_conv(
+        self, x: jax.Array, features: int, name: str, dtype: DTypeLike, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same, and its bias (features,), which is not yet added; options as of layers.Unbiased."""
+        init = {"kernel_init": self.kernel, "bias_init": self._bias(9 * x.shape[-1])}
+        return layers.Unbiased(features, (3, 3), dtype, name=name, **{**init, **options})(x)
+
     def dense(self, x: jax.Array, features: int, name: str, dtype: DTypeLike = jnp.float32, **options) -> jax.Array:
         """Linear map of the last axis; options as of flax's Dense."""
         init = {"kernel_init": self.kernel, "bias_init": self._bias(x.shape[-1])}
         return nn.Dense(features, dtype=dtype, name=name, **{**init, **options})(x)
+
+    def unbiased_dense(
+        self, x: jax.Array, features: int, name: str, dtype: DTypeLike, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same, and its bias, which is not yet added."""
+        return layers.Unbiased(features, (), dtype, self.kernel, self._bias(x.shape[-1]), name=name, **options)(x)
 
     def last_conv(self, x: jax.Array, features: int, name: str, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """The 3x3 convolution that ends a branch: it starts at (or near) zero."""
@@ -82,21 +95,27 @@ class ResidualBlock(nn.Module):
         style = self.style
         h = nn.swish(style.norm(x, "norm1", self.dtype))
         h, x = (resample(value, self.resample, style.resample_filter) for value in (h, x))
-        h = style.conv(h, self.channels, "conv1", self.dtype)
+        h, bias = style.unbiased_conv(h, self.channels, "conv1", self.dtype)
 
         width = 2 * self.channels if style.modulated else self.channels
-        condition = style.dense(activated_embedding, width, "temb_proj", self.dtype)[:, None, None, :]
+        condition = style.dense(activated_embedding, width, "temb_proj", self.dtype)
         if style.modulated:
             scale, shift = jnp.split(condition, 2, axis=-1)
-            h = style.norm(h, "norm2", self.dtype) * (1 + scale) + shift
+            h = style.norm(h, "norm2", self.dtype, added=bias[None], scale=scale, shift=shift)
         else:
-            h = style.norm(h + condition, "norm2", self.dtype)
+            h = style.norm(h, "norm2", self.dtype, added=bias + condition.astype(jnp.float32))
         h = nn.Dropout(self.dropout, deterministic=deterministic)(nn.swish(h))
-        h = style.last_conv(h, self.channels, "conv2", self.dtype)
 
-        if x.shape[-1] != self.channels or (style.project_resampled and self.resample != "none"):
-            x = style.dense(x, self.channels, "nin_shortcut", self.dtype)
-        return _scaled(x + h, style.skip_scale)
+        # The factor of the sum goes into the maps: (kernels, biases) are smaller than what they are applied to.
+        factor, inputs = style.skip_scale, x.shape[-1]
+        last = {"kernel_init": style.last, "bias_init": initialisers.zeros}
+        h, bias = style.unbiased_conv(h, self.channels, "conv2", self.dtype, factor=factor, **last)
+        if inputs != self.channels or (style.project_resampled and self.resample != "none"):
+            x, skip_bias = style.unbiased_dense(x, self.channels, "nin_shortcut", self.dtype, factor=factor)
+            bias = bias + skip_bias
+        elif factor != 1.0:
+            x = x * factor
+        return (h + bias.astype(self.dtype)) + x
 
 
 class AttentionBlock(nn.Module):
@@ -118,11 +137,8 @@ class AttentionBlock(nn.Module):
         )
         h = layers.attend(query, key, value, self.attention).reshape(x.shape)
         h = style.dense(h, channels, "proj_out", self.dtype, kernel_init=style.last, bias_init=initialisers.zeros)
-        return _scaled(x + h, style.skip_scale)
-
-
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1.0 else x * factor
+        h = x + h
+        return h if style.skip_scale == 1.0 else h * style.skip_scale
 
 
 class Settings(arguments.Settings, Protocol):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from diffdistill.models.initialisers import Initialiser
+
 ATTENTIONS = ("auto", "xla", "cudnn")
 
 
@@ -32,11 +34,46 @@ def guidance_sinusoids(w: jax.Array, features: int, kind: str) -> jax.Array:
     return sinusoids(1000.0 * (mapped if kind == "mapped" else w), features)
 
 
+class Unbiased(nn.Module):
+    """A linear map of (B, H, W, C) to `features` channels in `dtype`, and its float32 bias, which is not yet added.
+
+    What follows may take the bias for less than a pass over all pixels. Parameters are those of flax's Conv or Dense.
+
+    Attributes:
+      size: (3, 3) for a convolution, () for a map of every pixel on its own.
+      factor: of the map and of the bias, not of the parameters.
+    """
+
+    features: int
+    size: tuple[int, ...]
+    dtype: DTypeLike
+    kernel_init: Initialiser
+    bias_init: Initialiser
+    factor: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param("kernel", self.kernel_init, (*self.size, x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        if self.factor != 1.0:
+            kernel, bias = kernel * self.factor, bias * self.factor
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if not self.size:
+            return jnp.dot(x, kernel), bias
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers), bias
+
+
 class GroupNorm(nn.Module):
-    """GroupNorm of (B, H, W, C) with statistics in float32 and the accurate (two-pass) variance; output in `dtype`.
+    """GroupNorm of (B, H, W, C), in float32 inside; output in `dtype`.
 
     Channel counts that `num_groups` does not divide get their greatest common divisor as the number of groups, so
     that any width works; multiples of `num_groups` are not affected.
+
+    It reads its input twice, which is what it costs on an accelerator: once for the moments of every channel, from
+    which those of the groups follow, once to apply them. What is the same for all pixels goes into the small arrays
+    between the two: `added` (B or 1, C) counts as added to the input, `scale` and `shift` (B, C) change the output to
+    GroupNorm(x + added) (1 + scale) + shift.
     """
 
     num_groups: int
@@ -44,22 +81,41 @@ class GroupNorm(nn.Module):
     eps: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        added: jax.Array | None = None,
+        scale: jax.Array | None = None,
+        shift: jax.Array | None = None,
+    ) -> jax.Array:
         channels = x.shape[-1]
         groups = math.gcd(channels, self.num_groups)
-        scale = self.param("scale", nn.initializers.ones, (channels,))
+        gain = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
 
-        def group_mean(h: jax.Array) -> jax.Array:
-            # Per channel first: a reduction over H and W that keeps NHWC as it is, which XLA:CPU runs a fifth faster
-            # than one over (H, W, channels of the group).
-            means = h.mean(axis=(1, 2)).reshape(-1, groups, channels // groups).mean(axis=-1)
-            return jnp.repeat(means, channels // groups, axis=-1)[:, None, None, :]
+        def group_mean(values: jax.Array) -> jax.Array:
+            means = values.reshape(-1, groups, channels // groups).mean(axis=-1)
+            return jnp.repeat(means, channels // groups, axis=-1)
 
-        centred = x.astype(jnp.float32)
-        centred = centred - group_mean(centred)
-        variance = group_mean(jnp.square(centred))
-        return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(self.dtype)
+        # From each channel's first pixel, which lies among its values: moments about zero would lose the variance of
+        # values that are far from zero (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
+        # Nothing depends on that point, so no gradient flows into it.
+        pivot = jax.lax.stop_gradient(x[:, 0, 0, :]).astype(jnp.float32)
+        x = x.astype(jnp.float32) - pivot[:, None, None, :]
+        mean = x.mean(axis=(1, 2))
+        variance = jnp.maximum(jnp.square(x).mean(axis=(1, 2)) - jnp.square(mean), 0.0)
+        offset = pivot if added is None else pivot + added.astype(jnp.float32)
+        offset -= group_mean(mean + offset)
+        variance = group_mean(variance + jnp.square(mean + offset))
+        gain = jax.lax.rsqrt(variance + self.eps) * gain
+        if scale is not None:
+            scale = 1 + scale.astype(jnp.float32)
+            gain, bias = gain * scale, bias * scale
+        if shift is not None:
+            bias = bias + shift.astype(jnp.float32)
+        # Behind a barrier, since XLA would otherwise sum the gradient of the bias over images and pixels once more.
+        gain, bias = jax.lax.optimization_barrier((gain, offset * gain + bias))
+        return (x * gain[:, None, None, :] + bias[:, None, None, :]).astype(self.dtype)
 
 
 def cudnn_permits(dtype: DTypeLike, head_dim: int, platform: str, compute_capability: str) -> bool:

@@ -190,6 +190,46 @@ def test_group_norm_is_accurate_at_a_large_mean(channels, groups):
     np.testing.assert_allclose(output, expected, atol=2e-3)
 
 
+def _plain_group_norm(params, x, added, scale, shift):
+    """What GroupNorm means, in two passes over each group."""
+    x = x + added[:, None, None, :]
+    grouped = x.reshape(len(x), -1, 2, x.shape[-1] // 2)
+    centred = grouped - grouped.mean((1, 3), keepdims=True)
+    normed = centred / jnp.sqrt(jnp.square(centred).mean((1, 3), keepdims=True) + 1e-6)
+    normed = normed.reshape(x.shape) * params["scale"] + params["bias"]
+    return normed * (1 + scale[:, None, None, :]) + shift[:, None, None, :]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_group_norm_with_conditions_and_its_gradients_agree_with_their_definition(seed):
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    x = 3.0 + jax.random.normal(next(keys), (2, 4, 6, 8)) * jnp.arange(1.0, 9.0)
+    added, scale, shift = jax.random.normal(next(keys), (3, 2, 8))
+    params = {name: jax.random.normal(next(keys), (8,)) for name in ("scale", "bias")}
+    weights = jax.random.normal(next(keys), x.shape)
+    network = layers.GroupNorm(num_groups=2)
+
+    def ours(*arguments):
+        params, *rest = arguments
+        return (weights * network.apply({"params": params}, *rest)).sum()
+
+    def plain(*arguments):
+        return (weights * _plain_group_norm(*arguments)).sum()
+
+    arguments = (params, x, added, scale, shift)
+    found = jax.value_and_grad(ours, argnums=(0, 1, 2, 3, 4))(*arguments)
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2, 3, 4))(*arguments)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
+
+
+def test_group_norm_of_equal_pixels_is_its_bias():
+    network, params = layers.GroupNorm(num_groups=4), {"scale": jnp.full(4, 2.0), "bias": jnp.arange(4.0)}
+    x = jnp.full((1, 3, 3, 4), 1e4)
+    output, pull = jax.vjp(lambda x: network.apply({"params": params}, x), x)
+    np.testing.assert_allclose(output, jnp.broadcast_to(jnp.arange(4.0), x.shape), atol=2e-3)
+    assert np.isfinite(pull(jnp.ones_like(output))[0]).all()
+
+
 def test_attention_agrees_with_its_definition():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
     logits = np.einsum("bthd,bshd->bhts", query, key) / np.sqrt(8)
