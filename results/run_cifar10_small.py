@@ -3,9 +3,9 @@
     python results/run_cifar10_small.py --data=cifar10_jpeg.tar.xz --workdir=runs/cifar10_small --seconds=1500
 
 First teacher, guided student and chain to one step, then the EDM teacher and DisBack (--parts=chain,edm). The rate of
-the teacher is measured at the beginning, and the budget that is given to the config is what fits into the time here.
-Training that takes longer is stopped in time to evaluate what is finished; stopped itself by SIGTERM, the script still
-collects. Its own process touches no accelerator.
+the teacher is measured at the beginning, unless it is given, and the budget that the config is given is what fits into
+the time here. Training that takes longer is stopped in time to evaluate what is finished; stopped itself by SIGTERM,
+the script still collects. Its own process touches no accelerator.
 """
 
 import argparse
@@ -97,15 +97,18 @@ def work(options: argparse.Namespace, log: Path) -> None:
     data: list[str] = []
     if not options.smoke:
         prepared = options.workdir / "data"
-        finish(program(log, "--mode=prepare", f"--source={options.data}", f"--destination={prepared}"), 300)
+        if not prepared.exists():
+            finish(program(log, "--mode=prepare", f"--source={options.data}", f"--destination={prepared}"), 300)
         data = [f"--config.data.path={prepared}"]
     flags = [*data, *options.flags]
 
-    rates = options.workdir / "benchmark.jsonl"
     config = f"--config={ROOT / 'configs' / 'cifar10_small.py'}:"
-    benchmark = ["--mode=benchmark", "--dtypes=bfloat16", "--benchmark_seconds=5", f"--out={rates}"]
-    finish(program(log, *benchmark, f"{config}6-minutes{suffix}", *flags), 0.4 * options.seconds)
-    print(f"teacher: {measured_rate(rates):.0f} images/s", flush=True)
+    if not options.rate:
+        rates = options.workdir / "benchmark.jsonl"
+        benchmark = ["--mode=benchmark", "--dtypes=bfloat16", "--benchmark_seconds=5", f"--out={rates}"]
+        finish(program(log, *benchmark, f"{config}6-minutes{suffix}", *flags), 0.4 * options.seconds)
+        options.rate = measured_rate(rates)
+    print(f"teacher: {options.rate:.0f} images/s", flush=True)
     for index, part in enumerate(options.parts):
         shares = [PARTS[each][1] for each in options.parts[index:]]
         seconds = (end - time.monotonic()) * shares[0] / sum(shares)
@@ -117,7 +120,7 @@ def work_on(
 ) -> None:
     """Training and evaluation of a part until `end`."""
     training = end - time.monotonic() - options.evaluation - STARTING
-    minutes = budget(MARGIN * training, measured_rate(options.workdir / "benchmark.jsonl"))
+    minutes = budget(MARGIN * training, options.rate)
     print(f"{part}: budget {minutes:.2f} minutes", flush=True)
     flags = [f"{config}{PARTS[part][0]}{minutes:.2f}-minutes{suffix}", *flags]
     run = f"--workdir={options.workdir / part}"
@@ -167,6 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("collected"))
     parser.add_argument("--seconds", type=float, default=1500.0, help="for all of it")
     parser.add_argument("--evaluation", type=float, default=90.0, help="seconds that training must leave")
+    parser.add_argument("--rate", type=float, default=0.0, help="images/s of the teacher; by default it is measured")
     parser.add_argument("--ahead", action="store_true", help="compile the later stages while the teacher trains")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help="some of chain,edm")
     parser.add_argument("--smoke", action="store_true", help="the config's smoke variant, on the digits")
