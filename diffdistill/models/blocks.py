@@ -104,7 +104,7 @@ class ResidualBlock(nn.Module):
             h = style.norm(h, "norm2", self.dtype, added=bias[None], scale=scale, shift=shift)
         else:
             h = style.norm(h, "norm2", self.dtype, added=bias + condition.astype(jnp.float32))
-        h = nn.Dropout(self.dropout, deterministic=deterministic)(nn.swish(h))
+        h = layers.Dropout(self.dropout)(nn.swish(h), deterministic)
 
         # The factor of the sum goes into the maps: (kernels, biases) are smaller than what they are applied to.
         factor, inputs = style.skip_scale, x.shape[-1]

@@ -142,6 +142,42 @@ def test_bfloat16_keeps_parameters_and_output_in_float32_and_agrees():
     assert 0 < error < 0.03
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.13, 0.5, 0.9, 1.0])
+def test_dropout_keeps_the_mean_and_drops_as_often_as_asked(rate):
+    network, x = layers.Dropout(rate), jnp.ones((64, 16, 16, 32), jnp.bfloat16)
+    output = network.apply({}, x, False, rngs={"dropout": jax.random.key(1)})
+    assert output.dtype == x.dtype
+    dropped = np.asarray(output == 0, np.float64)
+    deviation = max(np.sqrt(rate * (1 - rate) / x.size), 1e-9)
+    assert abs(dropped.mean() - rate) < 4 * deviation
+    if rate < 1:
+        np.testing.assert_allclose(np.asarray(output, np.float32)[dropped == 0], 1 / (1 - rate), rtol=4e-3)
+    for axes in ((0,), (1, 2), (3,)):  # images, pixels, channels: none is dropped more often than the others
+        others = tuple(axis for axis in range(4) if axis not in axes)
+        shares, count = dropped.mean(others), x.size // np.prod([x.shape[axis] for axis in axes])
+        assert np.abs(shares - rate).max() < 5 * max(np.sqrt(rate * (1 - rate) / count), 1e-9)
+
+
+def test_hashed_bits_look_random():
+    shape = (32, 16, 16, 16)
+    bits = np.asarray(layers.hashed_bits(jax.random.key(0), shape))
+    size = bits.size
+    for position in range(32):
+        bit = ((bits >> position) & 1) * 2.0 - 1.0
+        assert abs(bit.mean()) < 5 / np.sqrt(size), position
+        for axis in range(4):  # neighbours, and the same place of the next image
+            for lag in (1, 2, 4, 8):
+                along = np.roll(bit, lag, axis)
+                assert abs((bit * along).mean()) < 5 / np.sqrt(size), (position, axis, lag)
+    counts = np.bincount(bits.ravel() >> 24, minlength=256)
+    expected = size / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * np.sqrt(2 * 255)
+    other = np.asarray(layers.hashed_bits(jax.random.key(1), shape))
+    agreement = (1 - 2.0 * (bits >> 31)) * (1 - 2.0 * (other >> 31))
+    assert abs(agreement.mean()) < 5 / np.sqrt(size)
+    np.testing.assert_array_equal(bits, layers.hashed_bits(jax.random.key(0), shape))
+
+
 def test_dropout_acts_only_when_it_is_asked_for():
     network = SMALLEST(dropout=0.5)
     params, x = trained(network), arguments(network)
