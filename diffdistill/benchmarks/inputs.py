@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from diffdistill.evaluation import features, inception, results
 from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
+from diffdistill.training.loop import MAX_IN_FLIGHT
 from diffdistill.training.prefetch import Calls
 
 _IMAGES = 4096  # drawn, where a config has no data yet
@@ -58,7 +62,11 @@ def pipeline(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float)
 
 
 def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> results.Record:
-    """The share of its time that a teacher's training waits for batches, as the training loop draws them."""
+    """How much faster a teacher's training would be if its batches were there already, as a share of its time.
+
+    As in the training loop, batches are read while calls of the device are in flight; the same calls on one batch that
+    stays on the devices say what the device alone takes.
+    """
     config, stage = training.with_stage(config, "teacher")
     method = chain.method_of(config, stage, facts)
     key, size = jax.random.key(0), stage.settings.batch_size
@@ -68,27 +76,35 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
     flag = meshes.per_device_flag(mesh, False)
     batches = Batches(_source(config, facts), size, 0, config.data.flip, *meshes.process_slice(size))
     calls = Calls(batches, mesh, 0, 10**9, step.updates_per_call, 0)
-    drawn = iter(calls)
-    waited, updates, begun = 0.0, 0, None
-    try:
+
+    def seconds_an_update(stacks: Iterator[tuple[int, int, Any]]) -> float:
+        nonlocal state
+        in_flight: collections.deque[Any] = collections.deque()
+        updates, begun = 0, None
         while begun is None or processes.any_process(updates < 2 or time.monotonic() - begun < seconds):
-            asked = time.monotonic()
-            _, count, rows = next(drawn)
-            waited += time.monotonic() - asked
+            _, count, rows = next(stacks)
             state, metrics, _ = step.function(state, {}, rows, key, arguments, np.int32(count), flag)
-            jax.block_until_ready(metrics)
+            in_flight.append(metrics)
             updates += count
-            if begun is None:  # compiled
-                waited, updates, begun = 0.0, 0, time.monotonic()
-        spent = time.monotonic() - begun
+            if begun is None:  # compiled, and warm
+                jax.block_until_ready(in_flight.pop())
+                updates, begun = 0, time.monotonic()
+            while len(in_flight) > MAX_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+        jax.block_until_ready(in_flight)
+        return (time.monotonic() - begun) / updates
+
+    try:
+        alone = seconds_an_update(itertools.repeat(next(iter(calls))))
+        spent = seconds_an_update(iter(calls))
     finally:
         calls.close()
     return {
         "what": "training from the data",
         "batch_size": size,
-        "images_per_second": updates * size / spent,
-        "seconds": spent / updates,
-        "waiting": waited / spent,
+        "images_per_second": size / spent,
+        "seconds": spent,
+        "waiting": max(0.0, 1.0 - alone / spent),
     }
 
 

@@ -30,6 +30,8 @@ from diffdistill.training.relay import Relay
 
 State = Any
 Metrics = dict[str, jax.Array]
+MAX_IN_FLIGHT = 2
+"""Calls that are handed to the device and not yet waited for."""
 Step = Callable[[State, Any, Batch, jax.Array, Mapping[str, jax.Array]], tuple[State, Metrics]]
 
 
@@ -143,7 +145,7 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     interrupt: Interrupt | None = None,
     stop_at_non_finite: bool = True,
-    max_in_flight: int = 2,
+    max_in_flight: int = MAX_IN_FLIGHT,
 ) -> State:
     """Train from update `state.step` to `num_updates`; the last update is always saved. Returns the final state.
 
