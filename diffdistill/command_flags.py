@@ -116,6 +116,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "benchmark: the types to compute in.")
     flags.DEFINE_float("benchmark_seconds", 20.0, "benchmark: seconds of measuring for each record.")
+    flags.DEFINE_integer(
+        "traced",
+        0,
+        "benchmark: further calls of each stage, in which a profiler sees where the time goes.",
+        lower_bound=0,
+    )
     flags.DEFINE_string(
         "lpips", "", "analyse: file of torch.save(lpips.LPIPS(...).state_dict()); default: features of a classifier."
     )

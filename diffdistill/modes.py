@@ -205,7 +205,12 @@ def _benchmark(interrupt: Any) -> None:
 
     measured = []
     for record in benchmarks.run(
-        _config(), say, benchmarks=FLAGS.benchmarks, dtypes=FLAGS.dtypes, seconds=FLAGS.benchmark_seconds
+        _config(),
+        say,
+        benchmarks=FLAGS.benchmarks,
+        dtypes=FLAGS.dtypes,
+        seconds=FLAGS.benchmark_seconds,
+        traced=FLAGS.traced,
     ):  # each is written at once: a program that does not fit must not take the others along
         measured.append(record)
         if FLAGS.out and is_main():

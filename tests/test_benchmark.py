@@ -6,7 +6,7 @@ import pytest
 
 from configs import digits
 from diffdistill import benchmarks, chain, plan, samplers
-from diffdistill.benchmarks import device, table
+from diffdistill.benchmarks import device, table, where
 from diffdistill.config import Config, ConfigError, resolve
 from diffdistill.diffusion import schedules
 
@@ -21,9 +21,10 @@ def settings() -> Config:
     return resolve(config)
 
 
-def measured(*names: str, dtypes: tuple[str, ...] = ("float32",)) -> tuple[list, list[str]]:
+def measured(*names: str, dtypes: tuple[str, ...] = ("float32",), traced: int = 0) -> tuple[list, list[str]]:
     said: list[str] = []
-    return list(benchmarks.run(settings(), said.append, benchmarks=names, dtypes=dtypes, seconds=0.0)), said
+    options = {"benchmarks": names, "dtypes": dtypes, "seconds": 0.0, "traced": traced}
+    return list(benchmarks.run(settings(), said.append, **options)), said
 
 
 def test_rates_are_those_of_the_updates_and_the_floors_those_of_the_device():
@@ -52,6 +53,47 @@ def test_rates_are_those_of_the_updates_and_the_floors_those_of_the_device():
     shown = table.markdown(records).splitlines()
     assert len(shown) == 2 + len(records)
     assert {row.count("|") for row in shown} == {shown[0].count("|")}
+
+
+def test_where_the_time_of_an_update_goes():
+    (record,), said = measured("teacher", traced=2)
+    found = record["where"]
+    assert min(found["convolutions"]["forward"], found["convolutions"]["backward"]) > 0
+    assert min(found["norms"]["forward"], found["norms"]["backward"], found["other"]["update"]) > 0
+    assert found["attention"]["forward"] >= 0 == found["dropout"]["forward"]  # this network drops nothing
+    shown = said[1].splitlines()
+    assert {row.count("|") for row in shown} == {len(where.DIRECTIONS) + 3}
+    total = sum(sum(part.values()) for part in found.values())
+    assert f"{1000 * total:.2f} |" in shown[-1]
+
+
+def test_operations_are_told_apart_by_their_names():
+    program = """HloModule jit_call
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(call)/transpose(jvp(UNet))/norm1/mul"}
+}
+
+ENTRY %main.1 (x: f32[4]) -> (f32[4], u8[0]) {
+  %x = f32[4]{0} parameter(0)
+  %conv.1 = (f32[4]{0}, u8[0]{0}) custom-call(%x), metadata={op_name="jvp(UNet)/conv1/conv_general_dilated"}
+  %conv.2 = f32[4]{0} convolution(%x, %x)
+  %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %adam = f32[4]{0} add(%x, %x), metadata={op_name="jit(call)/add"}
+  %loop = f32[4]{0} while(%x), condition=%c, body=%b
+  ROOT %copy.1 = f32[4]{0} copy(%x)
+}
+"""
+    seen = {"conv.1": 1.0, "conv.2": 2.0, "fusion.1": 4.0, "adam": 8.0, "loop": 16.0, "copy.1": 32.0, "another": 64.0}
+    found = where.by_part(program, seen)
+    assert {(part, way): s for part, each in found.items() for way, s in each.items() if s} == {
+        ("convolutions", "forward"): 1.0,
+        ("convolutions", "unnamed"): 2.0,
+        ("norms", "backward"): 4.0,
+        ("other", "update"): 8.0,
+        ("other", "unnamed"): 32.0,
+    }
 
 
 def test_the_rates_of_a_device_are_plausible():

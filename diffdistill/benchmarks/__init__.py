@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from diffdistill import chain, plan
-from diffdistill.benchmarks import device, inputs, sampling, training
+from diffdistill.benchmarks import device, inputs, sampling, training, where
 from diffdistill.benchmarks.table import line
 from diffdistill.config import Config
 from diffdistill.evaluation import program, results
@@ -29,6 +29,7 @@ def run(
     benchmarks: Sequence[str] = ("teacher",),
     dtypes: Sequence[str] = DTYPES,
     seconds: float = 20.0,
+    traced: int = 0,
 ) -> Iterator[results.Record]:
     """Runs a config's programs on random images and parameters for a while, and says the rates.
 
@@ -42,6 +43,7 @@ def run(
         type alone.
       dtypes: some of DTYPES.
       seconds: of measuring for each record, after compilation and one call; two calls at least.
+      traced: further calls of each stage that trains, which the profiler watches; a table says where their time goes.
 
     Yields:
       A record as soon as it is measured: images_per_second, seconds (of an update or a batch), compile_seconds,
@@ -51,7 +53,8 @@ def run(
       data sheet is known or the type is not bfloat16), floor_by_flops and floor_by_bytes (the seconds that it would
       take if nothing but the arithmetic, at the rate of that product, or the memory, at the rate of a copy, took
       time), and gap, the seconds in units of the larger floor. Of the other stages cost_of_teacher, the time of an
-      update in updates of the teacher (None unless that was measured just before).
+      update in updates of the teacher (None unless that was measured just before). With `traced`, where: seconds of a
+      call by part of the network and direction, on one device.
 
     Raises:
       ConfigError: a benchmark or a type that is not known, or a stage that this teacher cannot have.
@@ -66,7 +69,7 @@ def run(
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         rates = device.rates(mesh, dtype)
         teacher = None
-        for name, measured in _measurements(changed, facts, mesh, benchmarks, seconds, dtype == dtypes[0]):
+        for name, measured in _measurements(changed, facts, mesh, benchmarks, seconds, traced, dtype == dtypes[0]):
             record = {
                 "benchmark": name,
                 "config": config.name,
@@ -84,6 +87,8 @@ def run(
             elif name in training.METHODS:
                 record["cost_of_teacher"] = record["seconds"] / teacher if teacher else None
             say(line(record))
+            if "where" in record:
+                say(where.table(record["where"]))
             yield record
 
 
@@ -109,7 +114,13 @@ def _roofline(measured: results.Record, rates: device.Rates) -> results.Record:
 
 
 def _measurements(
-    config: Config, facts: chain.DataFacts, mesh: Mesh, benchmarks: Sequence[str], seconds: float, first: bool
+    config: Config,
+    facts: chain.DataFacts,
+    mesh: Mesh,
+    benchmarks: Sequence[str],
+    seconds: float,
+    traced: int,
+    first: bool,
 ) -> Iterator[tuple[str, results.Record]]:
     """(benchmark, what it measured), in the order of BENCHMARKS; all but its rates. first: of several types."""
 
@@ -121,7 +132,7 @@ def _measurements(
             continue
         if name in training.METHODS:
             config_with, stage = training.with_stage(config, name)
-            yield name, at(facts, mesh, training.measure(config_with, stage, facts, mesh, seconds))
+            yield name, at(facts, mesh, training.measure(config_with, stage, facts, mesh, seconds, traced=traced))
         elif name == "growth":
             for each, shown, where in training.sizes(config, facts, mesh):
                 stage = training.with_stage(each, "teacher")[1]

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffdistill import chain, plan, runner
-from diffdistill.benchmarks import device
+from diffdistill.benchmarks import device, where
 from diffdistill.config import Config, ConfigError
 from diffdistill.evaluation import results
 from diffdistill.methods.base import ARGUMENTS
@@ -41,8 +41,13 @@ def with_stage(config: Config, name: str) -> tuple[Config, chain.Stage]:
     return config, next(stage for stage in chain.plan(config) if stage.method == METHODS[name])
 
 
-def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> results.Record:
-    """The rate of the program that trains a stage, on random images that lie on the devices."""
+def measure(
+    config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Mesh, seconds: float, *, traced: int = 0
+) -> results.Record:
+    """The rate of the program that trains a stage, on random images that lie on the devices.
+
+    traced: calls that are then watched for `where` their time goes.
+    """
     method = chain.method_of(config, stage, facts)
     key, size = jax.random.key(0), stage.settings.batch_size
     starts, frozen = _networks(config, stage, facts, mesh)
@@ -69,6 +74,7 @@ def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Me
         jax.block_until_ready(metrics)
 
     rate = device.calls_per_second(call, seconds) * count
+    watched = {"where": where.of_calls(program.run, call, traced)} if traced else {}
     return {
         "batch_size": size,
         "parts": stage.settings.parts,
@@ -80,6 +86,7 @@ def measure(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: Me
         "bytes": program.bytes_accessed,
         "compile_seconds": program.compile_seconds,
         "program_memory": program.memory,
+        **watched,
     }
 
 

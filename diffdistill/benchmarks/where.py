@@ -1,0 +1,109 @@
+"""Where the time of a program goes: what the profiler saw its devices do, by part of the network and direction."""
+
+from __future__ import annotations
+
+import collections
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PARTS = ("convolutions", "matrix products", "norms", "dropout", "attention", "other")
+DIRECTIONS = ("forward", "backward", "update", "unnamed")
+
+Seconds = dict[str, dict[str, float]]
+"""Of every part, by direction."""
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = .*? (?P<operation>[a-z][\w-]*)\(", re.MULTILINE)
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_COMPUTATION = re.compile(r"^%?(?P<name>[\w.-]+) .*\{$")
+_CALLS = re.compile(r"calls=%?([\w.-]+)")
+_CONTAINERS = ("while", "call", "conditional")  # whose time is that of what they contain
+_MARKS = {  # in the name that JAX gives an operation, the first that fits
+    "convolutions": ("conv_general_dilated",),
+    "attention": ("dot_product_attention", "fmha", "softmax"),
+    "dropout": ("/Dropout",),
+    "norms": ("norm", "silu"),
+    "matrix products": ("dot_general",),
+}
+
+
+def of_calls(program: Any, call: Callable[[], Any], calls: int) -> Seconds:
+    """The device seconds of one call of a compiled program, on average over `calls` and over devices.
+
+    What a fused operation does belongs where its last part does. Time between operations is in none of them.
+
+    Args:
+      program: what `jax.jit(...).lower(...).compile()` gives.
+      call: calls it, and waits.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                call()
+        seen = _seen(Path(folder))
+    count = calls * len(jax.local_devices())
+    return by_part(program.as_text(), {name: seconds / count for name, seconds in seen.items()})
+
+
+def by_part(text: str, seen: Mapping[str, float]) -> Seconds:
+    """Sums the seconds of operations, by name, as the text of their program says what they are for.
+
+    Names that the program does not have belong to other programs, and are left out. A fused operation without a name
+    of JAX takes that of the last one in it.
+    """
+    found: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
+    inside, last = "", {}
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            inside = match["name"]
+        match, named = _INSTRUCTION.match(line), _OP_NAME.search(line)
+        if named:
+            last[inside] = named[1]
+        if match and match["name"] in seen and match["operation"] not in _CONTAINERS:
+            calls = _CALLS.search(line)
+            name = named[1] if named else last.get(calls[1], "") if calls else ""
+            found[_place(name, match["operation"])] += seen[match["name"]]
+    return {part: {direction: found[part, direction] for direction in DIRECTIONS} for part in PARTS}
+
+
+def table(seconds: Seconds) -> str:
+    """A Markdown table in ms, with the sums of rows and columns."""
+    rows = [(part, *(each[direction] for direction in DIRECTIONS)) for part, each in seconds.items()]
+    rows.append(("all", *(sum(each[direction] for each in seconds.values()) for direction in DIRECTIONS)))
+    lines = [
+        f"| where the devices spend a call, ms | {' | '.join(DIRECTIONS)} | all |",
+        f"|{' --- |' * (len(DIRECTIONS) + 2)}",
+    ]
+    lines += [f"| {name} | {_cells((*values, sum(values)))} |" for name, *values in rows]
+    return "\n".join(lines)
+
+
+def _cells(values: Iterable[float]) -> str:
+    return " | ".join(f"{1000 * value:.2f}" for value in values)
+
+
+def _place(name: str, operation: str) -> tuple[str, str]:
+    """(part, direction) of an operation that JAX has called so."""
+    direction = "backward" if "transpose(" in name else "forward" if "jvp(" in name else "update"
+    direction = direction if name else "unnamed"
+    if operation == "convolution":
+        return "convolutions", direction
+    part = next((part for part, marks in _MARKS.items() if any(mark in name for mark in marks)), "other")
+    return part, direction
+
+
+def _seen(folder: Path) -> dict[str, float]:
+    """Seconds of every operation of a compiled program, by its name, over all devices."""
+    found: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for path in folder.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    operation = dict(event.stats).get("hlo_op")
+                    if operation is not None and not event.name.startswith("end: "):
+                        found[str(operation)] += event.duration_ns / 1e9
+    return found
