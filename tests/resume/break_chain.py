@@ -188,6 +188,8 @@ def damage(chain: Chain, kind: str) -> Outcome:
     """Damages a file of a run that stands still, and starts it."""
     if not committed(chain.workdir):
         stopped(chain, chain.start(), "", lambda: False)
+    if not (chain.folder / "config.json").exists():
+        shutil.copy(chain.workdir / "config.json", chain.folder)
     files = sorted(path for path in chain.workdir.rglob("*") if path.is_file())
     in_newest = [
         path
@@ -331,8 +333,6 @@ def trials(folder: Path, faults: list[str], chance: random.Random, library: Path
                     misses[fault] += 1
                     left.append(fault)  # once more, later
                 way = take_the_way_out(chain, outcome.errors) if outcome.code == 1 else ""
-                if (chain.workdir / "config.json").exists() and outcome.code in (0, 143, 130):
-                    shutil.copy(chain.workdir / "config.json", place / "config.json")
                 yield (
                     f"{fault}: {outcome.detail}: exit code {outcome.code}{', ' + way if way else ''}"
                     f"{'' if outcome.struck else ' (did not strike)'}; saved {saved(chain.workdir)} of "
