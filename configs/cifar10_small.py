@@ -59,7 +59,7 @@ def _base() -> Any:
     teacher.ema_decay, teacher.ema_ramp = 0.999, True
     teacher.anneal, teacher.stratified_times = "linear", True
 
-    config.training.save_every = 5000  # a save takes the loop of a GPU some two seconds
+    config.training.save_every = 5000  # a save costs the loop of a GPU some three seconds
     config.sampling.batch_size = 1000
     config.evaluation.num_samples = 2000
     return config

@@ -97,8 +97,7 @@ def work(options: argparse.Namespace, log: Path) -> None:
     data: list[str] = []
     if not options.smoke:
         prepared = options.workdir / "data"
-        if not prepared.exists():
-            finish(program(log, "--mode=prepare", f"--source={options.data}", f"--destination={prepared}"), 300)
+        finish(program(log, "--mode=prepare", f"--source={options.data}", f"--destination={prepared}"), 300)
         data = [f"--config.data.path={prepared}"]
     flags = [*data, *options.flags]
 

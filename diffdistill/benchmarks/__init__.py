@@ -134,9 +134,9 @@ def _measurements(
             config_with, stage = training.with_stage(config, name)
             yield name, at(facts, mesh, training.measure(config_with, stage, facts, mesh, seconds, traced=traced))
         elif name == "growth":
-            for each, shown, where in training.sizes(config, facts, mesh):
+            for each, shown, devices in training.sizes(config, facts, mesh):
                 stage = training.with_stage(each, "teacher")[1]
-                yield name, at(shown, where, training.measure(each, stage, shown, where, seconds))
+                yield name, at(shown, devices, training.measure(each, stage, shown, devices, seconds))
         elif name == "sampling":
             for record in sampling.measure(config, facts, mesh, seconds):
                 yield name, at(facts, mesh, record)
