@@ -53,8 +53,8 @@ def run(
       data sheet is known or the type is not bfloat16), floor_by_flops and floor_by_bytes (the seconds that it would
       take if nothing but the arithmetic, at the rate of that product, or the memory, at the rate of a copy, took
       time), and gap, the seconds in units of the larger floor. Of the other stages cost_of_teacher, the time of an
-      update in updates of the teacher (None unless that was measured just before). With `traced`, where: seconds of a
-      call by part of the network and direction, on one device.
+      update in updates of the teacher (None unless that was measured just before). With `traced`, where: seconds of an
+      update by part of the network and direction, on one device.
 
     Raises:
       ConfigError: a benchmark or a type that is not known, or a stage that this teacher cannot have.

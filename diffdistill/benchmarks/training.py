@@ -74,7 +74,7 @@ def measure(
         jax.block_until_ready(metrics)
 
     rate = device.calls_per_second(call, seconds) * count
-    watched = {"where": where.of_calls(program.run, call, traced)} if traced else {}
+    watched = {"where": where.of_calls(program.run, call, traced, count)} if traced else {}
     return {
         "batch_size": size,
         "parts": stage.settings.parts,

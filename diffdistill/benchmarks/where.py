@@ -31,21 +31,22 @@ _MARKS = {  # in the name that JAX gives an operation, the first that fits
 }
 
 
-def of_calls(program: Any, call: Callable[[], Any], calls: int) -> Seconds:
-    """The device seconds of one call of a compiled program, on average over `calls` and over devices.
+def of_calls(program: Any, call: Callable[[], Any], calls: int, updates: int) -> Seconds:
+    """The device seconds of an update of a compiled program, on average over `calls` and over devices.
 
     What a fused operation does belongs where its last part does. Time between operations is in none of them.
 
     Args:
       program: what `jax.jit(...).lower(...).compile()` gives.
       call: calls it, and waits.
+      updates: that a call makes.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
                 call()
         seen = _seen(Path(folder))
-    count = calls * len(jax.local_devices())
+    count = calls * updates * len(jax.local_devices())
     return by_part(program.as_text(), {name: seconds / count for name, seconds in seen.items()})
 
 
@@ -71,11 +72,13 @@ def by_part(text: str, seen: Mapping[str, float]) -> Seconds:
 
 
 def table(seconds: Seconds) -> str:
-    """A Markdown table in ms, with the sums of rows and columns."""
+    """A Markdown table in ms, with the sums of rows and columns; a sentence where the profiler saw nothing."""
+    if not any(value for each in seconds.values() for value in each.values()):
+        return "The profiler saw nothing that these devices did: is it permitted, and are its libraries there (CUPTI)?"
     rows = [(part, *(each[direction] for direction in DIRECTIONS)) for part, each in seconds.items()]
     rows.append(("all", *(sum(each[direction] for each in seconds.values()) for direction in DIRECTIONS)))
     lines = [
-        f"| where the devices spend a call, ms | {' | '.join(DIRECTIONS)} | all |",
+        f"| where the devices spend an update, ms | {' | '.join(DIRECTIONS)} | all |",
         f"|{' --- |' * (len(DIRECTIONS) + 2)}",
     ]
     lines += [f"| {name} | {_cells((*values, sum(values)))} |" for name, *values in rows]

@@ -106,7 +106,7 @@ class ResidualBlock(nn.Module):
             h = style.norm(h, "norm2", self.dtype, added=bias + condition.astype(jnp.float32))
         h = layers.Dropout(self.dropout)(nn.swish(h), deterministic)
 
-        # The factor of the sum goes into the maps: (kernels, biases) are smaller than what they are applied to.
+        # The factor of the sum goes into kernels and biases, which are smaller than what they are applied to.
         factor, inputs = style.skip_scale, x.shape[-1]
         last = {"kernel_init": style.last, "bias_init": initialisers.zeros}
         h, bias = style.unbiased_conv(h, self.channels, "conv2", self.dtype, factor=factor, **last)

@@ -80,7 +80,8 @@ class Dropout(nn.Module):
             return x
         if self.rate == 1.0:
             return jnp.zeros_like(x)
-        kept = hashed_bits(self.make_rng("dropout"), x.shape) >= np.uint32(round(self.rate * 2**32))
+        least = np.uint32(min(round(self.rate * 2**32), 2**32 - 1))
+        kept = hashed_bits(self.make_rng("dropout"), x.shape) >= least
         return jnp.where(kept, x / (1.0 - self.rate), 0.0).astype(x.dtype)
 
 
