@@ -24,6 +24,12 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="orbax|flax|tensorflow_datasets")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: with two processes neither then waits for the other's last file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
     """XLA's usual optimisations, for networks so large that running them takes longer than compiling them."""

@@ -33,6 +33,8 @@ from diffdistill.training.interrupt import Interrupt
 from diffdistill.training.loop import compile_step, fit
 from diffdistill.workdir import WorkdirError
 
+pytestmark = pytest.mark.slow
+
 PATH, INTERVAL, LEG, UPDATES = 3, 2, 1, 6
 
 

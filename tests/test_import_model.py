@@ -20,6 +20,8 @@ from diffdistill import workdir
 from diffdistill.import_model import import_model
 from diffdistill.weights import WeightsError
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 

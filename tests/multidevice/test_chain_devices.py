@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from kill_chain import ROOT, parameters
+
+pytestmark = pytest.mark.slow
 
 CHAIN = (
     *("--mode=train", "--config=configs/digits.py:smoke"),

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from kill_chain import ROOT, parameters
+
+pytestmark = pytest.mark.slow
 
 UPDATES = 60
 CHAIN = (

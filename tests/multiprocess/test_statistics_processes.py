@@ -15,7 +15,7 @@ import random_inception
 
 from diffdistill.weights import fetch
 
-pytestmark = pytest.mark.usefixtures("optimised")  # the Inception network
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]  # the Inception network
 
 
 def start(out: Path, weights: Path, devices: int, *more: str) -> subprocess.Popen[str]:
