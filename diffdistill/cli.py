@@ -98,6 +98,7 @@ def _main(arguments: list[str]) -> None:
             compilation.use_cache()
         with _messages(interrupt):
             modes.check_config()  # before anything is fetched
+            modes.agree()
             address = FLAGS.workdir if FLAGS.mode in modes.IN_WORKDIR else ""
             # What ends the work is said before the last copy to an address, which may take long.
             with store.kept(address, interrupt, say), _messages(interrupt):
@@ -117,6 +118,7 @@ def _messages(interrupt: Interrupt) -> Iterator[None]:
     from diffdistill.evaluation.stream import EvaluationInterrupted, FeaturesError
     from diffdistill.generator import SampleError
     from diffdistill.mirror import StoreError
+    from diffdistill.training import processes
     from diffdistill.training.errors import Interrupted, NonFiniteLoss, TrainingError
     from diffdistill.weights import WeightsError
     from diffdistill.workdir import WorkdirError
@@ -141,6 +143,11 @@ def _messages(interrupt: Interrupt) -> Iterator[None]:
         StoreError,
     ) as error:
         fail(str(error), EXIT_FAILED)
+    except RuntimeError as error:
+        text = processes.explained(error)
+        if not text:
+            raise
+        fail(text, EXIT_FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fail(

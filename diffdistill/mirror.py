@@ -211,10 +211,16 @@ def with_mark(found: Iterable[str]) -> list[str]:
 def files_of(folder: Path) -> tuple[dict[str, Facts], set[str]]:
     """(facts of the files of a run by name, but for those of checkpoints without their mark; all checkpoints).
 
-    What is hidden, and Orbax's checkpoints in the making, are not of the run.
+    What is hidden, and Orbax's checkpoints in the making, are not of the run. Raises OSError where a folder cannot be
+    listed: what is not seen has not been deleted.
     """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     found: dict[str, Facts] = {}
-    for path, folders, names in os.walk(folder):
+    for path, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and ".orbax-checkpoint-tmp" not in name]
         for name in names:
             if not name.startswith(".") and not name.endswith(".tmp"):

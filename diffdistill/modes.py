@@ -26,6 +26,36 @@ def check_config() -> None:
     _config()
 
 
+def agree() -> None:
+    """Refuses processes of one job that were started with different commands. Raises ProcessesDisagree."""
+    if not FLAGS.distributed:
+        return
+    import json
+
+    from diffdistill.config import to_dict
+    from diffdistill.data import remote
+    from diffdistill.evaluation import program
+    from diffdistill.training import processes
+
+    address = FLAGS.workdir if remote.is_remote(FLAGS.workdir) else ""
+    processes.assert_same(f"{FLAGS.mode} {address}", "--mode or the address of --workdir")
+    packages = {name: version for name, version in program.versions().items() if name != "python"}
+    processes.assert_same(json.dumps(packages), "the versions of the packages")
+    processes.assert_same(json.dumps(to_dict(_config()), sort_keys=True), "the config")
+
+
+def _images_of(folder: Any) -> Any:
+    """The images of a run, in memory; of several processes all have the same."""
+    from diffdistill import runner
+    from diffdistill.data.pipeline import in_memory
+    from diffdistill.training import processes
+
+    source = in_memory(runner.open_data(folder.config)[0])
+    if FLAGS.distributed:
+        processes.assert_same(source.fingerprint(), "the images")
+    return source
+
+
 def _workdir(config: Any) -> str:
     from diffdistill import store
     from diffdistill.data import remote
@@ -58,8 +88,7 @@ def _evaluate(interrupt: Any) -> None:
     if FLAGS.images:
         _evaluate_images(interrupt)
         return
-    from diffdistill import evaluate, runner, transfer_files, workdir
-    from diffdistill.data.pipeline import in_memory
+    from diffdistill import evaluate, transfer_files, workdir
     from diffdistill.report import save_overview, stage_costs, write_report
     from diffdistill.training.processes import is_main
 
@@ -67,7 +96,7 @@ def _evaluate(interrupt: Any) -> None:
     folder = _as_asked(workdir.read(_workdir(config)), config)
     # An imported model may be compared with published statistics, without any images here.
     needs_images = folder.has_data or not folder.config.evaluation.reference
-    source = in_memory(runner.open_data(folder.config)[0]) if needs_images else None
+    source = _images_of(folder) if needs_images else None
     evaluate.evaluate(folder, source, interrupt, inception_weights=FLAGS.inception_weights, say=say)
     if source is not None:
         transfer_files.evaluate(folder, source, interrupt, say)
@@ -79,12 +108,11 @@ def _evaluate(interrupt: Any) -> None:
 
 
 def _tune_variance(interrupt: Any) -> None:
-    from diffdistill import runner, tune_variance, workdir
-    from diffdistill.data.pipeline import in_memory
+    from diffdistill import tune_variance, workdir
 
     config = _config()
     folder = _as_asked(workdir.read(_workdir(config)), config)
-    source = in_memory(runner.open_data(folder.config)[0])
+    source = _images_of(folder)
     try:
         fractions = [float(text) for text in FLAGS.fractions] or tune_variance.FRACTIONS
     except ValueError:
@@ -93,8 +121,7 @@ def _tune_variance(interrupt: Any) -> None:
 
 
 def _trajectory(interrupt: Any) -> None:
-    from diffdistill import runner, trajectory, workdir
-    from diffdistill.data.pipeline import in_memory
+    from diffdistill import trajectory, workdir
     from diffdistill.training.processes import is_main
 
     config = _config()
@@ -102,7 +129,7 @@ def _trajectory(interrupt: Any) -> None:
     stage = FLAGS.stage or "one_step"
     records = trajectory.measure(
         folder,
-        in_memory(runner.open_data(folder.config)[0]),
+        _images_of(folder),
         interrupt,
         stage=stage,
         inception_weights=FLAGS.inception_weights,

@@ -24,7 +24,7 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.mirror import UNKNOWN, Facts, Mirror, StoreError, warn
 from diffdistill.training import processes
-from diffdistill.training.errors import Interrupted, NonFiniteLoss, OtherProcessFailed
+from diffdistill.training.errors import Interrupted, NonFiniteLoss, OtherProcessFailed, ProcessesDisagree
 from diffdistill.training.interrupt import Interrupt
 
 PERIOD = 30.0  # seconds between two copies
@@ -92,7 +92,9 @@ def kept(workdir: str, interrupt: Interrupt | None = None, say: Callable[[str], 
 def _ends_all(end: BaseException) -> bool:
     """Whether what ends this process ends the main one too. Otherwise that one may be waiting for this one."""
     cause = end.__context__ if isinstance(end, SystemExit) else end  # of the exit code
-    return isinstance(cause, Interrupted | EvaluationInterrupted | NonFiniteLoss | OtherProcessFailed)
+    return isinstance(
+        cause, Interrupted | EvaluationInterrupted | NonFiniteLoss | OtherProcessFailed | ProcessesDisagree
+    )
 
 
 class Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,19 +64,26 @@ def path_losses(folder: Workdir, stage: Stage, mesh: Mesh, read: Read) -> list[f
     found = processes.from_main(np.array(_measure(folder, stage, settings, mesh, read))).tolist()
     if processes.is_main():
         updates = [number * settings.interval for number in range(settings.path + 1)]
-        text = json.dumps({"update": updates, "loss": found})
+        text = json.dumps({"update": updates, "loss": found, "blake2b": _digest(found)})
         write_atomically(file, lambda stream: stream.write(text.encode()))
     return found
 
 
 def _read(file: Path, count: int) -> list[float]:
     try:
-        found = np.array(json.loads(file.read_text(encoding="utf-8"))["loss"], np.float64)
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found = np.array(record["loss"], np.float64)
+        if record.get("blake2b", _digest(found.tolist())) != _digest(found.tolist()):
+            raise ValueError("it is not as it was written: the checksums differ")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}). Delete it, and it is measured again.") from error
     if found.shape != (count,):
         raise CheckpointError(f"{file} holds {found.size} losses, expected {count}. Delete it; it is measured again.")
     return found.tolist()
+
+
+def _digest(losses: list[float]) -> str:
+    return hashlib.blake2b(json.dumps(losses).encode(), digest_size=16).hexdigest()
 
 
 def _measure(folder: Workdir, stage: Stage, settings: DisbackConfig, mesh: Mesh, read: Read) -> list[float]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ _LATER = {
     "encoder": ("encoder_*",),
     "disback": ("degradation", "one_step"),
 }
+_LOCK = ".lock"
+_locks: dict[Path, Any] = {}  # the open files by which this process holds the folders that it has begun to train in
 
 
 class WorkdirError(RuntimeError):
@@ -62,8 +67,8 @@ class Workdir:
 def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None) -> Workdir:
     """Opens the folder of a run for training: makes it, or checks that it belongs to the same config and data.
 
-    The settings of stages that have not begun may differ from those of the start before. Of several processes all
-    call it, and the main one alone looks at the folder.
+    The settings of stages that have not begun may differ from those of the start before. Until the process ends no
+    other one can open it so. Of several processes all call it, and the main one alone looks at the folder.
 
     Args:
       path: the folder.
@@ -71,7 +76,8 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
       fingerprint: of the data; None: of none yet, for a run whose first stage was not trained here.
 
     Raises:
-      WorkdirError: the folder cannot be written, or holds a run of another config or of other data.
+      WorkdirError: the folder cannot be written, holds a run of another config or of other data, or another program
+        trains in it.
     """
     if remote.is_remote(path):
         raise WorkdirError(
@@ -102,6 +108,7 @@ def _begin(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
         about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         text = json.dumps({**record, "imported": imported, "starts": [*starts, about]}, indent=2) + "\n"
         write_atomically(file, lambda stream: stream.write(text.encode()))
@@ -110,6 +117,31 @@ def _begin(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
             f"The workdir {folder} cannot be written: {error.strerror or error}. "
             "Make room or choose another with --workdir=FOLDER."
         ) from error
+
+
+def _lock(folder: Path) -> None:
+    """Takes the folder for this process: of two programs that train in it each would replace what the other saves."""
+    held = _locks.get(folder)
+    with contextlib.suppress(FileNotFoundError):
+        if held is not None and os.path.samestat(os.fstat(held.fileno()), (folder / _LOCK).stat()):
+            return
+    file = (folder / _LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return  # a file system without locks
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise WorkdirError(
+            f"Another program trains in {folder}{f' ({holder})' * bool(holder)}. Wait until it ends, or choose another "
+            "--workdir; processes that are to train one run together are all started with --distributed."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _locks[folder] = file
 
 
 def read(path: str | os.PathLike[str]) -> Workdir:

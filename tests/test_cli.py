@@ -141,6 +141,13 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("Error: Stage teacher: ")
 
 
+def test_a_device_without_enough_memory_is_one_message(tmp_path):
+    done = main(*(SMOKE, "--mode=train", f"--workdir={tmp_path}", "--config.model.channels=60000"))
+    failed(done, 1, "The memory of a device does not suffice")
+    assert "Traceback" not in done.stderr
+    assert "--config.teacher.parts" in done.stderr
+
+
 def test_fields_of_another_config_are_not_taken_for_those_of_the_run(smoke_run):
     refused = main("--mode=evaluate", f"--workdir={smoke_run.path}", "--config.evaluation.num_samples=8")
     failed(refused, 2, f"--config=configs/workdir.py:{smoke_run.path}")

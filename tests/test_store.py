@@ -3,7 +3,9 @@
 fsspec's memory:// stands for an object store; a machine is a cache folder.
 """
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -315,6 +317,26 @@ def test_a_checkpoint_that_is_damaged_here_replaces_no_good_one(machine, capsys)
     with store.kept(URL, say=say_nothing):
         assert not (one.folder / "teacher" / "3").exists()
     assert "The checkpoint teacher/3 at memory://bucket/run is damaged" in capsys.readouterr().err
+
+
+def test_what_cannot_be_listed_here_is_not_deleted_there(machine, monkeypatch):
+    one, original = opened(), os.scandir
+    train(one.folder, range(1, 4))
+    write(one.folder, "evaluation/results.jsonl", "{}")
+    one.copy()
+    there = at_address()
+
+    def scandir(path):
+        if Path(path).name == "evaluation":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(StoreError, match="Input/output error"):
+            one.copy()
+    assert at_address() == there
+    one.close(say_nothing)
 
 
 def test_what_the_address_has_lost_goes_up_again(machine):

@@ -2,24 +2,46 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 KEPT = "Checkpoints that were complete before are intact; start the same command again to continue from the newest."
 
 
-def damaged(checkpoint: Path, why: str) -> str:
-    return f"The checkpoint {checkpoint} is damaged: {why}. {_AWAY}"
+def damaged(checkpoint: Path, why: str, newer: Sequence[int] = ()) -> str:
+    """newer: the checkpoints of the stage after one that is needed itself."""
+    return f"The checkpoint {checkpoint} is damaged: {why}. {_away(newer)}"
 
 
-def unreadable(checkpoint: Path, error: Exception) -> str:
+def unreadable(checkpoint: Path, error: Exception, newer: Sequence[int] = ()) -> str:
     """What cannot be read need not be damaged."""
     return (
         f"The checkpoint {checkpoint} cannot be read: {_first_line(error)}. If the disk or the network fails, put it "
-        f"right and start the same command again. {_AWAY}"
+        f"right and start the same command again. {_away(newer)}"
     )
 
 
-_AWAY = "Move that directory away to continue from the checkpoint before it, if there is one."
+def absent(directory: Path, update: int, there: Sequence[int]) -> str:
+    """A checkpoint that is needed itself is not among those of its stage."""
+    newer = [step for step in there if step > update]
+    advice = f" Move those after it ({_numbers(newer)}) away to train it again from the one before." if newer else ""
+    return (
+        f"There is no complete checkpoint of update {update} in {directory}; there are {_numbers(there) or 'none'}."
+        f"{advice}"
+    )
+
+
+def _away(newer: Sequence[int]) -> str:
+    if newer:
+        return (
+            f"Move that directory and the later ones of its stage ({_numbers(newer)}) away to train them again from "
+            "the checkpoint before it, if there is one."
+        )
+    return "Move that directory away to continue from the checkpoint before it, if there is one."
+
+
+def _numbers(steps: Sequence[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def explain(error: BaseException, doing: str, directory: Path) -> str:

@@ -38,7 +38,7 @@ class StageCheckpoints:
     keep_every: checkpoints at multiples of it stay as well (0 = none).
     read_only: for users of a finished (or still training) stage; touches nothing.
     Saving happens in the background; `close` (or leave the `with` block) before the process ends.
-    Of several processes all call everything but `wait`, `abandon` and `close` together.
+    Of several processes all call everything but `wait` and `close` together.
     The state is a flax.struct.dataclass with an int32 field `step`; every other field that is not None is one item.
     """
 
@@ -116,6 +116,11 @@ class StageCheckpoints:
 
     def _begin(self, step: int, items: dict[str, Any], meta: dict[str, Any]) -> bool:
         assert self._manager is not None
+        if (self.directory / str(step)).exists():  # Orbax would replace it
+            raise CheckpointError(
+                f"{self.directory / str(step)} is there already, but another program has written it. Nothing was "
+                "saved. Let only one program work in a workdir; start the same command again to continue."
+            )
         self._check_room(items)
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self.wait()
@@ -158,7 +163,10 @@ class StageCheckpoints:
             chosen = self._chosen(step)
             if average:
                 return chosen, "averages", self._averages(chosen, average)
-            return chosen, "ema" if ema and (self.directory / str(chosen) / "ema").is_dir() else "params", []
+            if not ema or (self.directory / str(chosen) / "ema").is_dir():
+                return chosen, "ema" if ema else "params", []
+            self._verify(chosen, ["ema"])  # it may have been there
+            return chosen, "params", []
 
         chosen, name, known = processes.on_main(choose)
         wanted = dict.fromkeys(known, like) if average else like
@@ -223,10 +231,6 @@ class StageCheckpoints:
         except Exception as error:
             raise self._failed_save(error) from error
 
-    def abandon(self) -> None:
-        """Wait for nothing any more, for processes whose others are gone. The object must not be used again."""
-        self._manager = None
-
     def close(self) -> None:
         """Wait, then release threads. The object must not be used again."""
         manager = self._manager
@@ -255,9 +259,18 @@ class StageCheckpoints:
         try:
             checksums.check(self.directory / str(step), items)
         except checksums.Damaged as error:
-            raise CheckpointError(messages.damaged(self.directory / str(step), str(error))) from error
+            raise CheckpointError(
+                messages.damaged(self.directory / str(step), str(error), self._after(step))
+            ) from error
         except OSError as error:
-            raise CheckpointError(messages.unreadable(self.directory / str(step), error)) from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(messages.unreadable(self.directory / str(step), error, self._after(step)))
+
+    def _after(self, step: int) -> list[int]:
+        """The complete checkpoints after one: where there are any, that one is read for its own sake."""
+        return [other for other in self.all() if other > step]
 
     def _check_room(self, items: dict[str, Any]) -> None:
         """Refuse before anything is written where the disk has less room than the arrays take."""
@@ -280,9 +293,7 @@ class StageCheckpoints:
         if step is None:
             return self._newest()
         if step not in self.all():
-            raise CheckpointError(
-                f"There is no complete checkpoint of update {step} in {self.directory}; there are {self.all()}."
-            )
+            raise CheckpointError(messages.absent(self.directory, step, self.all()))
         return step
 
     def _restored(self, step: int, args: dict[str, Any]) -> Any:
@@ -290,7 +301,7 @@ class StageCheckpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:
-            raise CheckpointError(messages.unreadable(self.directory / str(step), error)) from error
+            raise self._unreadable(step, error) from error
 
     def _compare(self, step: int, items: dict[str, Any]) -> None:
         """Every tensor of `items` must be in the checkpoint with its shape and dtype, and no other."""
@@ -315,7 +326,7 @@ class StageCheckpoints:
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path)
             return trees.flat(getattr(metadata, "item_metadata", metadata).tree)
         except Exception as error:
-            raise CheckpointError(messages.unreadable(self.directory / str(step), error)) from error
+            raise self._unreadable(step, error) from error
 
     def _failed_save(self, error: Exception) -> CheckpointError:
         """Say why, after removing what the failed write left (a full disk needs the room)."""
@@ -376,8 +387,9 @@ def _remove_torn(directory: Path, keep_every: int) -> str:
     steps = {int(path.name): path for path in directory.iterdir() if path.name.isdigit() and path.is_dir()}
     complete = [step for step, path in steps.items() if (path / COMMITTED).exists()]
     for step in sorted(steps.keys() - set(complete)):
-        was_to_stay = step > max(complete, default=-1) or (keep_every and step % keep_every == 0)
-        if was_to_stay or checksums.are_right(steps[step]):
-            return messages.damaged(steps[step], f"its file {COMMITTED} is missing")
+        is_needed = bool(keep_every and step % keep_every == 0)
+        if is_needed or step > max(complete, default=-1) or checksums.are_right(steps[step]):
+            newer = sorted(other for other in complete if is_needed and other > step)
+            return messages.damaged(steps[step], f"its file {COMMITTED} is missing", newer)
         shutil.rmtree(steps[step], ignore_errors=True)
     return ""

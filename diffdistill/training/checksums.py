@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,17 @@ class Damaged(Exception):
 
 
 def write(folder: Path) -> None:
-    """Writes `folder`/checksums.json with the BLAKE2b of every file below the folders of `folder`."""
+    """Writes `folder`/checksums.json with the BLAKE2b of every file below the folders of `folder`.
+
+    When it returns everything in `folder` is on the disk, whatever happens to the power.
+    """
     files = sorted(path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
         digests = pool.map(_digest, files)
         sums = {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
-    (folder / FILE).write_text(json.dumps({"blake2b": sums}, indent=1))
+        (folder / FILE).write_text(json.dumps({"blake2b": sums}, indent=1))
+        for _ in pool.map(_sync, [*folder.rglob("*"), folder]):
+            pass
 
 
 def check(folder: Path, items: Iterable[str]) -> None:
@@ -61,6 +67,15 @@ def are_right(folder: Path) -> bool:
     except (OSError, ValueError, TypeError, KeyError, Damaged):
         return False
     return True
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
-from diffdistill.training.errors import Interrupted, NonFiniteLoss, ProcessLost
+from diffdistill.training.errors import Interrupted, NonFiniteLoss
 from diffdistill.training.interrupt import Interrupt, catch_signals
 from diffdistill.training.metrics import MetricWriter, Window
 from diffdistill.training.prefetch import Batch, Calls
@@ -198,19 +198,15 @@ def fit(
         _check_state(state, stage, update, num_updates, checkpoints)
         checkpoints.save(state, {**(meta or {}), "seconds": clock.seconds()}, force=update == num_updates or stopping)
 
+    if jax.process_count() > 1:
+        _assert_same(state, stage, start)
     done = start
     no_flag = meshes.per_device_flag(mesh, False)
     alone = jax.process_count() == 1
     changes = () if relay is None else relay.changes
     calls = Calls(batches, mesh, start, num_updates, compiled.updates_per_call, checkpoints.save_every, changes)
-
-    def let_go(kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, ProcessLost):
-            checkpoints.abandon()  # a save that is under way would wait for the lost one
-
     with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.wait)
-        stack.push(let_go)
+        stack.callback(checkpoints.wait)  # the main process saves alone, also when another one is lost
         if relay is not None:
             stack.callback(relay.close)
         if writer is not None:
@@ -291,24 +287,32 @@ def _check_finite(
 def _check_state(state: State, stage: str, update: int, num_updates: int, checkpoints: StageCheckpoints) -> None:
     """Looks at the parameters before they become the last good checkpoint: a finite loss does not promise that they are
     finite, and processes that are meant to hold the same may not."""
-    # On the host: compiling a reduction over some hundred tensors takes longer than all the checks of a run.
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    params = meshes.fetch([leaf for path, leaf in leaves if any(getattr(k, "name", None) == "params" for k in path)])
+    params = _assert_same(state, stage, update)  # first: then all processes judge alike
     if not all(np.isfinite(leaf).all() for leaf in params):
         raise NonFiniteLoss(
             f"Stage {stage}: the parameters are no longer finite after update {update} of {num_updates} "
             f"(batch {update - 1}). " + _advice(checkpoints)
         )
+
+
+def _assert_same(state: State, stage: str, update: int) -> list[np.ndarray]:
+    """The parameters on the host; all processes must hold the same ones, after the same number of updates."""
+    # On the host: compiling a reduction over some hundred tensors takes longer than all the checks of a run.
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    params, step = meshes.fetch(
+        ([leaf for path, leaf in leaves if any(getattr(k, "name", None) == "params" for k in path)], state.step)
+    )
     if jax.process_count() > 1:
-        digest = hashlib.blake2b(str(update).encode())
+        digest = hashlib.blake2b(f"{update} {step}".encode())
         for leaf in params:
             digest.update(np.ascontiguousarray(leaf).data)
         processes.assert_same(
             digest.hexdigest(),
             f"the parameters of stage {stage} after update {update}",
-            "they were not saved. A device, memory or network of these may be broken: leave that host out and start "
-            "the same command again, which continues from the newest checkpoint.",
+            "they were not saved. A device, memory or network of these may be broken, or they are of different kinds: "
+            "leave that host out and start the same command again, which continues from the newest checkpoint.",
         )
+    return params
 
 
 def _advice(checkpoints: StageCheckpoints) -> str:

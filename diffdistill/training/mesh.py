@@ -25,11 +25,12 @@ SPREAD = ("optimizer", "ema", "averages")
 def make_mesh(num_devices: int = 0) -> Mesh:
     """A one-axis mesh ("data") over every device of every process, or over the first `num_devices` of them.
 
-    Auto axes: the sharding of intermediate values is the compiler's business. (Explicit axes, the default of
-    `jax.make_mesh`, refuse the reshapes of attention.)
+    The devices of a process lie side by side, in the order of the processes, as `process_slice` has it; `jax.make_mesh`
+    would order those of a TPU slice by their place in it. Auto axes: the sharding of intermediate values is the
+    compiler's business. (Explicit axes refuse the reshapes of attention.)
     """
-    devices = jax.devices()[: num_devices or None]
-    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices[: num_devices or None]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def describe(mesh: Mesh) -> str:
@@ -100,7 +101,8 @@ def all_rows(array: jax.Array) -> np.ndarray:
         return np.asarray(array)
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    with processes.shared():
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def replicate(mesh: Mesh, tree: Any, *, copy: bool = True) -> Any:

@@ -20,6 +20,7 @@ T = TypeVar("T")
 HEARTBEAT_SECONDS = 30
 """After so long without a sign of life from a process of the job, JAX ends the others."""
 
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 _PIECE = 2**26  # bytes sent at once
 _told: collections.Counter[str] = collections.Counter()
 
@@ -40,6 +41,8 @@ def initialize(
         return
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        # They meet for the first time here, which must happen within half a minute on CPUs; later they may wait.
+        any_process(False)
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             "A run on several processes was asked for, but the others could not be joined "
@@ -47,8 +50,6 @@ def initialize(
             "Outside a known cluster give all three (coordinator as host:port of process 0), start every process "
             "with its own process_id, and touch no device before; for one process leave the flag away."
         ) from error
-    # The processes meet for the first time here, which must happen within half a minute on CPUs; later they may wait.
-    any_process(False)
 
 
 def is_main() -> bool:
@@ -175,7 +176,8 @@ def any_process(flag: bool) -> bool:
         return flag
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
+    with shared():
+        return bool(np.any(multihost_utils.process_allgather(np.int32(flag))))
 
 
 @contextlib.contextmanager
@@ -184,10 +186,30 @@ def shared() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or _OUT_OF_MEMORY in str(error):
             raise
-        raise ProcessLost(
-            f"A computation that {jax.process_count()} processes share has failed: another of them has probably ended; "
-            f"see its own message ({str(error).splitlines()[0][:200]}). Checkpoints that were complete before are "
-            "intact; start the same command on all hosts again to continue."
-        ) from error
+        raise ProcessLost(explained(error)) from error
+
+
+def explained(error: Exception) -> str:
+    """What to say of an error of JAX that is expected to happen; empty for any other.
+
+    That is a device whose memory does not suffice, and what fails where several processes compute together.
+    """
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return ""
+    first = str(error).splitlines()[0][:200]
+    if _OUT_OF_MEMORY in str(error):
+        return (
+            f"The memory of a device does not suffice ({first}). Checkpoints that were complete before are intact. "
+            "--mode=plan shows what each stage needs; take batches in parts (--config.teacher.parts=4), recompute in "
+            "the backward pass (--config.model.remat), or sample fewer images at once "
+            "(--config.sampling.batch_size=100)."
+        )
+    if jax.process_count() == 1:
+        return ""
+    return (
+        f"A computation that {jax.process_count()} processes share has failed: another of them has probably ended; "
+        f"see its own message ({first}). Checkpoints that were complete before are intact; start the same command on "
+        "all hosts again to continue."
+    )

@@ -60,15 +60,25 @@ def together() -> tuple[str, ...]:
         return ("--distributed", f"--coordinator=127.0.0.1:{probe.getsockname()[1]}", "--num_processes=2")
 
 
-def test_processes_that_were_started_differently_say_so(tmp_path):
+@pytest.mark.parametrize(
+    ("difference", "what"),
+    [
+        ("--config.seed={}", "the config"),
+        ("--mode={}", "--mode or the address of --workdir"),
+        ("--workdir={}", "--mode or the address of --workdir"),
+    ],
+)
+def test_processes_that_were_started_differently_say_so(tmp_path, difference, what):
+    values = {"--mode={}": ("train", "evaluate"), "--workdir={}": (tmp_path / "two", f"file://{tmp_path}/two")}
     flags = together()
     workers = [
-        start(tmp_path / "two", 1, *flags, f"--process_id={index}", f"--config.seed={index}") for index in range(2)
+        start(tmp_path / "two", 1, *flags, f"--process_id={index}", difference.format(value))
+        for index, value in enumerate(values.get(difference, (0, 1)))
     ]
     for worker, (_, errors) in [(worker, worker.communicate(timeout=120)) for worker in workers]:
         assert worker.returncode == 1, errors
         assert ours(errors) == (
-            "Error: The processes of this run disagree on the config (not as in process : ): start all of them with "
+            f"Error: The processes of this run disagree on {what} (not as in process : ): start all of them with "
             "the same command and files."
         )
     assert not (tmp_path / "two").exists()

@@ -85,12 +85,13 @@ def test_any_number_of_processes_trains_alike(tmp_path, count, options):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
 
 
-def test_processes_whose_parameters_part_ways_save_nothing(tmp_path):
-    workers = start(tmp_path / "two", 2, 1, "--diverge")
+@pytest.mark.parametrize("update", [0, 9])
+def test_processes_whose_parameters_part_ways_save_nothing(tmp_path, update):
+    """Before the first update, and at the save after the one where they do."""
+    workers = start(tmp_path / "two", 2, 1, f"--diverge={update}")
+    seen = 10 if update else 0
     for worker, (_, errors) in [(worker, worker.communicate(timeout=120)) for worker in workers]:
         assert worker.returncode != 0
-        wanted = (
-            "disagree on the parameters of stage toy after update 10 (not as in process 0: 1): they were not saved."
-        )
+        wanted = f"parameters of stage toy after update {seen} (not as in process 0: 1): they were not saved."
         assert wanted in errors
     assert not any(path.name.isdigit() for path in (tmp_path / "two" / "toy").iterdir())

@@ -31,6 +31,7 @@ from kill_chain import committed, differing, end, saved, wait, whole
 
 HERE = Path(__file__).resolve().parent
 UPDATES, KEEP = 24, 2
+DAMAGES = ("truncate", "flip", "remove", "remove folder")
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 CALLS = ("open", "read", "write", "rename", "sync", "mkdir")
 STORE_CALLS = ("open", "open", "write", "read", "mkdir")  # of which fsspec makes use
@@ -190,17 +191,18 @@ def damage(chain: Chain, kind: str) -> Outcome:
         stopped(chain, chain.start(), "", lambda: False)
     if not (chain.folder / "config.json").exists():
         shutil.copy(chain.workdir / "config.json", chain.folder)
-    files = sorted(path for path in chain.workdir.rglob("*") if path.is_file())
-    in_newest = [
-        path
-        for stage, steps in committed(chain.workdir).items()
-        for path in sorted((chain.workdir / stage / str(steps[-1])).rglob("*"))
-        if path.is_file()
-    ]
-    pool = in_newest if in_newest and chain.chance.random() < 0.7 else files
+    newest = [chain.workdir / stage / str(steps[-1]) for stage, steps in committed(chain.workdir).items()]
+    if kind == "remove folder":  # of an item of a checkpoint
+        pool = sorted(path for place in newest for path in place.iterdir() if path.is_dir())
+    elif newest and chain.chance.random() < 0.7:
+        pool = sorted(path for place in newest for path in place.rglob("*") if path.is_file())
+    else:
+        pool = sorted(path for path in chain.workdir.rglob("*") if path.is_file() and path.name != ".lock")
     file = chain.chance.choice(pool)
-    content = bytearray(file.read_bytes())
-    if kind == "remove" or not content:
+    content = bytearray(file.read_bytes()) if file.is_file() else b""
+    if kind == "remove folder":
+        shutil.rmtree(file)
+    elif kind == "remove" or not content:
         file.unlink()
     elif kind == "truncate":
         file.write_bytes(content[: chain.chance.randrange(len(content))])
@@ -222,7 +224,7 @@ FAULTS: dict[str, Callable[[Chain], Outcome]] = {
     "full disk": full_disk,
     "read-only": read_only,
     "lost machine": lost_machine,
-    **{kind: lambda chain, kind=kind: damage(chain, kind) for kind in ("truncate", "flip", "remove")},
+    **{kind: lambda chain, kind=kind: damage(chain, kind) for kind in DAMAGES},
 }
 NEEDS_DISK = ("full disk", "read-only")
 
@@ -242,7 +244,7 @@ def digests(workdir: Path) -> dict[tuple[str, int], dict[str, str]]:
 
 
 def check(chain: Chain, fault: str, outcome: Outcome, before: dict[tuple[str, int], dict[str, str]]) -> None:
-    """The bars of a trial."""
+    """The bars of a trial; fault: empty where none struck."""
     after = digests(chain.workdir)
     for (stage, step), files in before.items():
         if outcome.damaged.startswith(f"{stage}/{step}/"):
@@ -327,9 +329,8 @@ def trials(folder: Path, faults: list[str], chance: random.Random, library: Path
                 fault = left.popleft()
                 before = digests(chain.workdir)
                 outcome = FAULTS[fault](chain)
-                if outcome.struck:
-                    check(chain, fault, outcome, before)
-                elif misses[fault] < 3:
+                check(chain, fault if outcome.struck else "", outcome, before)
+                if not outcome.struck and misses[fault] < 3:
                     misses[fault] += 1
                     left.append(fault)  # once more, later
                 way = take_the_way_out(chain, outcome.errors) if outcome.code == 1 else ""

@@ -10,7 +10,7 @@ KINDS = (
     ("kill", "terminate", "interrupt"),
     ("failing call", "nan batch", "full disk", "read-only"),
     ("lost machine",),
-    ("truncate", "flip", "remove"),
+    break_chain.DAMAGES,
 )
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import warnings
@@ -123,7 +124,8 @@ def test_a_checkpoint_that_was_to_stay_is_never_removed_for_a_lost_mark(tmp_path
     (tmp_path / str(step) / "_CHECKPOINT_METADATA").unlink()
     if torn:
         (tmp_path / str(step) / "meta" / "metadata").unlink()
-    missing = rf"/{step} is damaged: its file _CHECKPOINT_METADATA is missing\. Move that directory away"
+    what = "and the later ones of its stage (2, 3)" if keep_every else "away"
+    missing = re.escape(f"/{step} is damaged: its file _CHECKPOINT_METADATA is missing. Move that directory {what}")
     with pytest.raises(CheckpointError, match=missing):
         StageCheckpoints(tmp_path, keep_every=keep_every)
     assert (tmp_path / str(step) / "params").is_dir()
@@ -258,5 +260,45 @@ def test_a_path_of_checkpoints_stays_and_each_can_be_read(tmp_path):
             restored = checkpoints.restore_params(like, step=step)
             assert all(jax.tree.leaves(jax.tree.map(np.array_equal, restored, state(step).ema)))
             assert checkpoints.meta(step)["number"] == step
-        with pytest.raises(CheckpointError, match=r"no complete checkpoint of update 3.*\[2, 4, 6\]"):
+        with pytest.raises(
+            CheckpointError, match=r"no complete checkpoint of update 3.*; there are 2, 4, 6\. Move.*4, 6"
+        ):
             checkpoints.restore_params(like, step=3)
+        (tmp_path / "4" / "ema" / "manifest.ocdbt").unlink()
+        with pytest.raises(CheckpointError, match=r"/4 is damaged: .*and the later ones of its stage \(6\)"):
+            checkpoints.restore_params(like, step=4)
+
+
+def test_an_average_that_is_lost_is_not_replaced_by_the_parameters(tmp_path):
+    with StageCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(5), {}, force=True)
+    shutil.rmtree(tmp_path / "5" / "ema")
+    lost = pytest.raises(CheckpointError, match=r"/5 is damaged: its file ema/\S+ is missing")
+    with StageCheckpoints(tmp_path, read_only=True) as checkpoints, lost:
+        checkpoints.restore_params(state().params)
+
+
+def test_of_two_programs_the_later_one_replaces_nothing(tmp_path):
+    with StageCheckpoints(tmp_path) as late, StageCheckpoints(tmp_path) as early:
+        early.save(state(4), {"by": "the first"}, force=True)
+        early.wait()
+        with pytest.raises(CheckpointError, match=r"/4 is there already, but another program has written it"):
+            late.save(state(4), {"by": "the second"}, force=True)
+    with StageCheckpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.restore(abstract(state()))[1] == {"by": "the first", "step": 4}
+
+
+def test_what_counts_is_on_the_disk_first(tmp_path, monkeypatch):
+    """All files and folders of a checkpoint have been synchronised when it appears: a power cut leaves all of it."""
+    synchronised, original = set(), os.fsync
+
+    def fsync(number: int) -> None:
+        synchronised.add(Path(os.readlink(f"/proc/self/fd/{number}")).relative_to(tmp_path).as_posix())
+        original(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with StageCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(5), {}, force=True)
+    found = {name.partition("/")[2] for name in synchronised}
+    files = {path.relative_to(tmp_path / "5").as_posix() for path in (tmp_path / "5").rglob("*")}
+    assert found == files - {"commit_success.txt"} | {""}  # Orbax's own, which nothing reads on such a file system

@@ -1,5 +1,7 @@
 """Placing arrays. More than one device: tests/multidevice; more than one process: tests/multiprocess."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,14 @@ def test_one_auto_axis_over_all_devices():
     assert devices.axis_types == (AxisType.Auto,)
     assert "cpu" in mesh.describe(devices)
     assert processes.is_main()
+
+
+def test_devices_lie_in_the_order_of_their_processes(monkeypatch):
+    """As batches are cut, in whatever order JAX names them."""
+    named = [types.SimpleNamespace(process_index=process, id=number) for process, number in ((1, 2), (0, 0), (1, 1))]
+    monkeypatch.setattr(jax, "devices", lambda: named)
+    monkeypatch.setattr(mesh, "Mesh", lambda devices, *rest, **more: [device.id for device in devices])
+    assert mesh.make_mesh() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("source", ["numpy", "jax", "placed"])

@@ -4,6 +4,7 @@ Also a script, so that tests can run it in other processes: python toy_training.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import signal
@@ -132,7 +133,7 @@ def main() -> int:
     parser.add_argument("--save_every", type=int, default=10)
     parser.add_argument("--process", type=int, nargs=3, metavar=("PORT", "COUNT", "ID"))
     parser.add_argument("--shard", action="store_true", help="spread optimiser state and average over the devices")
-    parser.add_argument("--diverge", action="store_true", help="every process starts from other parameters")
+    parser.add_argument("--diverge", type=int, default=-1, help="update after which every process changes parameters")
     parser.add_argument("--signal_at", type=int, nargs=2, default=[-1, -1], metavar=("PROCESS", "BATCH"))
     args = parser.parse_args()
     if args.process:
@@ -147,9 +148,18 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(index, start, stop)
 
-    def diverged() -> TrainState:
-        state, other = init(), args.diverge * float(jax.process_index())
-        return state.replace(params=jax.tree.map(lambda leaf: leaf + other, state.params))
+    compiled = compile_once(3, args.shard)
+
+    def diverged(state: TrainState) -> TrainState:
+        """Other parameters in every process, where that is asked for."""
+        if int(state.step) != args.diverge:
+            return state
+        changed = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(jax.process_index()), state.params)
+        return state.replace(params=mesh.replicate(compiled.mesh, changed))
+
+    def call(state: TrainState, *rest: Any) -> Any:
+        state, *others = compiled.function(state, *rest)
+        return diverged(state), *others
 
     with interrupts.catch_signals() as stop_request:
         print("ready", flush=True)
@@ -161,8 +171,8 @@ def main() -> int:
                 save_every=args.save_every,
                 read=read,
                 interrupt=stop_request,
-                start=diverged,
-                compiled=compile_once(3, args.shard),
+                start=lambda: diverged(init()),
+                compiled=dataclasses.replace(compiled, function=call),
             )
             if args.shard:
                 held = jax.tree.leaves((state.optimizer, state.ema))
