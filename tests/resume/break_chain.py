@@ -36,7 +36,7 @@ SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": sig
 CALLS = ("open", "read", "write", "rename", "sync", "mkdir")
 STORE_CALLS = ("open", "open", "write", "read", "mkdir")  # of which fsspec makes use
 ERRORS = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ETIMEDOUT)
-WAYS_OUT = r"same command|Move that directory away|Restore|[Cc]hoose|Free some|Try a lower"
+WAYS_OUT = r"same command|Move that directory|Restore|[Cc]hoose|Free some|Try a lower"
 
 
 @dataclasses.dataclass
