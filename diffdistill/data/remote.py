@@ -74,16 +74,16 @@ def connect(url: str) -> tuple[Any, str, dict[str, list[Any]]]:
         files, root = fsspec.core.url_to_fs(url, **({"auto_mkdir": True} if scheme == "file" else {}))
         files.invalidate_cache()
         return files, root, _listing(files, root)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
         package = _PACKAGES.get(scheme)
-        advice = (
-            f"install it with: pip install {package}" if package else "give a path, or an address that fsspec knows"
-        )
+        advice = f"install it with: pip install {package}" if package else "install what that names"
         raise DataError(f"{url} cannot be opened ({error}); {advice}") from error
     except Exception as error:  # every store has its own errors
-        raise DataError(
-            f"{url} cannot be listed ({error}); check the address, the network and the credentials"
-        ) from error
+        if scheme in fsspec.available_protocols():
+            advice = "check the address, the network and the credentials"
+        else:
+            advice = "give a path, or an address that fsspec knows"
+        raise DataError(f"{url} cannot be opened ({error}); {advice}") from error
 
 
 def exists(url: str) -> bool:
@@ -100,10 +100,12 @@ def get(files: Any, address: str, size: int | None, file: Path) -> None:
         if size is not None and part.stat().st_size != size:
             raise OSError(f"{address} has {part.stat().st_size} bytes, not {size} as listed")
         os.replace(part, file)
-    except OSError:
-        raise
-    except Exception as error:  # every store has its own errors
-        raise OSError(f"{address}: {error}") from error
+    except Exception as error:  # every store has its own errors, not all of which name the file
+        if isinstance(error, OSError) and (error.filename or address in str(error)):
+            raise
+        named = OSError(f"{address}: {error}")
+        named.errno = getattr(error, "errno", None)
+        raise named from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -115,10 +117,13 @@ def _listing(files: Any, root: str) -> dict[str, list[Any]]:
     if files.isfile(root):
         return {"": _facts(files.info(root))}
     found = {}
+    below = posixpath.join(root, "")
     for path, info in files.find(root, detail=True).items():
-        name = posixpath.relpath(path, root)
-        if name.startswith("../") or posixpath.isabs(name):
-            raise ValueError(f"it lists {path}, which is not below {root}")
+        if path.endswith("/"):  # of no bytes: so the consoles of S3 and of Google's store mark a folder
+            continue
+        name = path.removeprefix(below)  # as it is: in a store a//b is another file than a/b
+        if not path.startswith(below) or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"it lists {path}, which cannot be a file in a folder")
         found[name] = _facts(info)
     return found
 
