@@ -87,7 +87,7 @@ def test_a_file_is_fetched_and_a_fetch_that_was_cut_short_goes_on(store, monkeyp
         ("memory://nothing/there", "does not exist, or is empty"),
         ("nosuch://bucket/x", "nosuch://bucket/x cannot be opened .*an address that fsspec knows"),
         ("gs://bucket/x", "pip install gcsfs"),
-        ("s3://bucket/x", "pip install s3fs"),
+        ("az://bucket/x", "pip install adlfs"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(tmp_path, monkeypatch, address, message):
