@@ -21,7 +21,7 @@ from diffdistill.weights import WeightsError
 Tensors = dict[str, NDArray[Any]]
 # Of every published UNet of guided-diffusion and of progressive distillation.
 LOWEST_RESOLUTION = 8
-_LEVELS, _BLOCKS = 12, 16  # twice those of the largest published network, and more
+_LEVELS, _BLOCKS = 12, 8  # of a level; twice those of the largest published network
 # Splits the first axis, 3 C, of a tensor for queries, keys and values: (tensor, heads, 0 | 1 | 2) -> (C, ...).
 Split = Callable[[NDArray[Any], int, int], NDArray[Any]]
 

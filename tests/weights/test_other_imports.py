@@ -84,7 +84,7 @@ def _only_block(*numbers):
         (lambda t: t.update({"out.2.weight": np.zeros((5, 128, 3, 3))}), {}, "puts out 5 channels for images of 3"),
         (lambda t: t.clear(), {}, "other means than residual blocks"),
         (lambda t: t.update({"label_emb.weight": np.zeros((0, 4))}), {}, r"label_emb.weight has shape \(0, 4\), which"),
-        (_only_block(10**11), {}, "has 2 levels of 100000000000 blocks; expected 1 to 12 levels of 1 to 16"),
+        (_only_block(10**11), {}, "has 2 levels of 100000000000 blocks; expected 1 to 12 levels of 1 to 8"),
         (_only_block(*range(1, 63)), {}, "has 63 levels of 1 blocks; expected 1 to 12"),
     ],
 )
