@@ -19,8 +19,8 @@ _KINDS = ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
 class _Dtype:
     def __init__(self, kind: Any, *_: Any):
         kind = kind.decode() if isinstance(kind, bytes) else kind
-        if kind not in _KINDS:
-            raise DataError(f"the pickle holds an array of type {kind!r}; plain numbers were expected")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise DataError(f"the pickle holds an array of type {unpickling.shown(kind)}; plain numbers were expected")
         self.kind, self.order = kind, "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -62,7 +62,7 @@ def _scalar(dtype: Any, content: Any) -> Any:
 
 def _encode(text: Any, encoding: Any) -> bytes:
     if encoding != "latin1" or not isinstance(text, str):
-        raise DataError(f"the pickle holds bytes in the encoding {encoding!r}; latin1 was expected")
+        raise DataError(f"the pickle holds bytes in the encoding {unpickling.shown(encoding)}; latin1 was expected")
     return text.encode("latin1")
 
 
@@ -99,15 +99,16 @@ def load(file: BinaryIO, title: str) -> dict[str, Any]:
     """
     try:
         content = _Unpickler(file, encoding="bytes").load()
+        found = _plain(content, {})
     except unpickling.Refused as error:
         raise DataError(f"{title} is refused: the pickle {error}") from error
     except DataError as error:
         raise DataError(f"{title} is refused: {error}") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"{title} is damaged or truncated ({type(error).__name__}: {error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{title} holds a {type(content).__name__}, expected a dict of images and labels")
-    return _plain(content, {})
+        raise DataError(f"{title} is damaged or truncated ({unpickling.about(error)}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{title} holds a {type(found).__name__}, expected a dict of images and labels")
+    return found
 
 
 def _plain(value: Any, done: dict[int, Any]) -> Any:

@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from diffdistill import places
-from diffdistill.data import pickles
+from diffdistill.data import pickles, unpickling
 from diffdistill.data.contract import DataError
 from diffdistill.evaluation import protocols
 from diffdistill.weights import WeightsError, fetch, torch_file
@@ -263,14 +263,18 @@ def load(path: str | os.PathLike[str] = "", protocol: str = "tf", accept_sha256:
             f"{known[1]} (nested dict).{short} Fetch it with --mode=fetch-weights. A network of your own is accepted "
             f"with config.evaluation.inception_sha256={found}; its figures are then not FID."
         )
-    if torch_file.is_torch(file):
-        variables = variables_from_state_dict(torch_file.read_state_dict(file))
-    else:
-        try:
+    try:
+        if torch_file.is_torch(file):
+            variables = variables_from_state_dict(torch_file.read_state_dict(file))
+        else:
             with open(file, "rb") as stream:
                 variables = variables_from_nested(pickles.load(stream, str(file)))
-        except DataError as error:
-            raise WeightsError(f"{error}.") from error
+    except WeightsError:
+        raise
+    except DataError as error:
+        raise WeightsError(f"{error}.") from error
+    except Exception as error:  # names and values that belong to no network raise nearly anything
+        raise WeightsError(f"{file} does not hold the Inception network of FID ({unpickling.about(error)}).") from error
     return FeatureExtractor(variables, protocol, found)
 
 

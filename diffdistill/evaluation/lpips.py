@@ -69,10 +69,8 @@ def load(path: str | Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     network = _VGG if "net.slice1.2.weight" in tensors else _ALEX
     try:
         params = _parameters(tensors, network)
-    except KeyError as error:
-        raise WeightsError(
-            f"{path} is refused: it lacks the tensor {error.args[0]}; expected the state dict of lpips.LPIPS."
-        ) from error
+    except WeightsError as error:
+        raise WeightsError(f"{path} is refused: {error}; expected the state dict of lpips.LPIPS.") from error
 
     def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         if min(one.shape[1:3]) < network.least:
@@ -91,12 +89,30 @@ def load(path: str | Path) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
 def _parameters(tensors: Tensors, network: _Network) -> list[dict[str, Any]]:
     """By slice: kernels (3, 3, in, out) and biases of its convolutions, and the weights (C,) of its channels."""
-    found = []
+
+    def tensor(name: str, *shape: int | None) -> jax.Array:
+        """Of a shape in which None stands for any number."""
+        if name not in tensors:
+            raise WeightsError(f"it lacks the tensor {name}")
+        value = tensors[name]
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+            raise WeightsError(f"its {name} is no tensor of floating point")
+        expected = tuple(max(side, 1) if own is None else own for side, own in zip(value.shape, shape, strict=False))
+        if value.shape != expected or value.ndim != len(shape):
+            text = ", ".join("any" if side is None else str(side) for side in shape)
+            raise WeightsError(f"its tensor {name} has shape {value.shape}, not ({text})")
+        return jnp.asarray(value, jnp.float32)
+
+    found, width = [], 3
     for index, convolutions in enumerate(network.slices):
-        names = [f"net.slice{index + 1}.{number}" for number, _, _ in convolutions]
-        kernels = [jnp.asarray(tensors[f"{name}.weight"], jnp.float32).transpose(2, 3, 1, 0) for name in names]
-        biases = [jnp.asarray(tensors[f"{name}.bias"], jnp.float32) for name in names]
-        channels = jnp.asarray(tensors[f"lin{index}.model.1.weight"], jnp.float32).reshape(-1)
+        kernels, biases = [], []
+        for number, stride, padding in convolutions:
+            name = f"net.slice{index + 1}.{number}"
+            side = 11 if stride == 4 else 2 * padding + 1
+            kernels.append(tensor(f"{name}.weight", None, width, side, side).transpose(2, 3, 1, 0))
+            width = kernels[-1].shape[-1]
+            biases.append(tensor(f"{name}.bias", width))
+        channels = tensor(f"lin{index}.model.1.weight", 1, width, 1, 1).reshape(-1)
         found.append({"kernels": kernels, "biases": biases, "channels": channels})
     return found
 

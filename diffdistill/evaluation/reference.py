@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffdistill.data import pickles
-from diffdistill.data.contract import DataError
+from diffdistill.data import pickles, unpickling
+from diffdistill.data.contract import DataError, check_expansion
 from diffdistill.diffusion import names
 from diffdistill.evaluation import program, protocols
 from diffdistill.evaluation.files import write_atomically
@@ -151,7 +151,7 @@ def _members(path: Path) -> set[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, ArithmeticError, zipfile.BadZipFile):
         return set()
 
 
@@ -183,12 +183,14 @@ def read(
     theirs = provenance.get("weights_sha256")
     if theirs and weights_sha256 and theirs != weights_sha256:
         raise StatisticsError(
-            f"{path} was computed with the feature network {theirs[:12]}..., not with {weights_sha256[:12]}...: "
+            f"{path} was computed with the feature network {str(theirs)[:12]}..., not with {weights_sha256[:12]}...: "
             "compute it again with --mode=statistics, or give the same weights."
         )
     count = provenance.get("count")
     if count is not None and (not isinstance(count, int) or count < 2):
-        raise StatisticsError(f"{path} says that it is of {count!r} images; a covariance needs at least 2.")
+        raise StatisticsError(
+            f"{path} gives its number of images as {unpickling.shown(count)}; a covariance needs at least 2."
+        )
     mean, covariance = _gaussian(path, arrays, "mu", "sigma")
     spatial = _gaussian(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} & arrays.keys() else (None, None)
     return Reference(
@@ -214,8 +216,9 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if "provenance" in arrays:
         try:
             return arrays, dict(json.loads(str(arrays["provenance"])))
-        except (TypeError, ValueError) as error:
-            raise StatisticsError(f"{path}: its provenance is damaged ({error}); compute it again.") from error
+        except Exception as error:  # among them RecursionError
+            reason = unpickling.about(error)
+            raise StatisticsError(f"{path}: its provenance is damaged ({reason}); compute it again.") from error
     if "mu_s" in arrays:
         return arrays, {"kind": "adm", "protocol": "tf"}  # ADM's evaluator runs TensorFlow's own graph
     if match := _CLEAN_FID.fullmatch(path.name):
@@ -227,12 +230,20 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _npz(path: Path) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.removesuffix(".npy") in _MEMBERS:
+                    stored = min(entry.compress_size, path.stat().st_size)
+                    check_expansion(f"{path}: {entry.filename}", stored, entry.file_size)
         with np.load(path, allow_pickle=False) as file:  # reads a member when it is asked for
             found = {name: file[name] for name in _MEMBERS if name in file.files}
             members = list(file.files)
+    except DataError as error:
+        raise StatisticsError(f"{error}.") from error
     except Exception as error:  # a damaged zip raises nearly anything
+        reason = unpickling.about(error)
         raise StatisticsError(
-            f"{path} is damaged, or holds more than plain numbers ({error}); fetch or compute it again."
+            f"{path} is damaged, or holds more than plain numbers ({reason}); fetch or compute it again."
         ) from error
     if "mu" in found and "sigma" in found:
         return found
@@ -255,7 +266,7 @@ def _edm2(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise StatisticsError(f"{error}. Of pickles, the reference statistics of EDM2 are read.") from error
     arrays = content.get("fid")
     if not isinstance(arrays, dict) or not all(isinstance(arrays.get(name), np.ndarray) for name in ("mu", "sigma")):
-        raise StatisticsError(f"{path} holds {sorted(content)}; in EDM2's files mu and sigma of 'fid' are needed.")
+        raise StatisticsError(f"{path} holds {sorted(content)[:6]}; in EDM2's files mu and sigma of 'fid' are needed.")
     return arrays, {"kind": "edm2", "protocol": "tf", "count": content.get("num_images")}
 
 

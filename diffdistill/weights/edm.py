@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from diffdistill.models import architectures
 from diffdistill.weights import WeightsError, persistent
-from diffdistill.weights.imported import ImportedModel, Tensors, convert, sha256
+from diffdistill.weights.imported import ImportedModel, Tensors, check_stack, convert, sha256
 from diffdistill.weights.persistent import Record
 
 # Preconditioning by class: our name, what it lets one choose and the only values that are built here.
@@ -72,6 +72,7 @@ def _import(path: Path, ema: Any) -> ImportedModel:
     fourier = tensors.get(_CONSTANTS[1])
     tensors = {name: value for name, value in tensors.items() if not name.endswith(_CONSTANTS)}
     model = _settings(module, tensors, filters, fourier)
+    check_stack(tensors, len(model["multipliers"]), model["blocks_per_level"])
     last = "out_conv" if "out_conv.weight" in tensors else f"dec.{size}x{size}_aux_conv"
     if prediction == "iddpm":
         # The second half of the outputs is the variance of Nichol & Dhariwal 2021, which no sampler here reads.
@@ -164,7 +165,7 @@ def _dropout(module: Record) -> float:
 
 
 def _blocks(module: Record) -> list[Record]:
-    modules = [dict(module.child(part).state.get("_modules") or {}).values() for part in ("enc", "dec")]
+    modules = [module.child(part).entries("_modules").values() for part in ("enc", "dec")]
     return [block for part in modules for block in part if isinstance(block, Record)]
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from diffdistill.diffusion import parameterisation, schedules
 from diffdistill.models import architectures
 from diffdistill.weights import WeightsError, torch_file
-from diffdistill.weights.imported import LOWEST_RESOLUTION, ImportedModel, Tensors, convert, sha256
+from diffdistill.weights.imported import LOWEST_RESOLUTION, ImportedModel, Tensors, check_stack, convert, sha256
 
 _LAYERS = {
     "norm1": "in_layers.0",
@@ -56,6 +56,7 @@ def read(path: Path, *, image_size: int = 0, prediction: str = "") -> ImportedMo
 
 def _import(path: Path, tensors: Tensors, image_size: int, prediction: str) -> ImportedModel:
     levels, count = _stack(tensors)
+    check_stack(tensors, levels, count)
     native = LOWEST_RESOLUTION << levels - 1
     size = image_size or native
     prediction = prediction or ("iddpm" if native <= 64 else "ddpm")

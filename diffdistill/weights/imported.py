@@ -21,6 +21,7 @@ from diffdistill.weights import WeightsError
 Tensors = dict[str, NDArray[Any]]
 # Of every published UNet of guided-diffusion and of progressive distillation.
 LOWEST_RESOLUTION = 8
+_LEVELS, _BLOCKS = 12, 8  # of a level; twice those of the largest published network
 # Splits the first axis, 3 C, of a tensor for queries, keys and values: (tensor, heads, 0 | 1 | 2) -> (C, ...).
 Split = Callable[[NDArray[Any], int, int], NDArray[Any]]
 
@@ -79,6 +80,21 @@ def parameter_shapes(network: Network, image_shape: tuple[int, int, int]) -> dic
         raise WeightsError(f"its network is not one that can be built here: {error}") from error
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(shapes, sep="/")
     return {name: leaf.shape for name, leaf in flat.items()}
+
+
+def check_stack(tensors: Tensors, levels: int, blocks: int) -> None:
+    """Raises WeightsError for tensors without numbers, and for a stack that is larger than any published one.
+
+    Names alone may say anything: that of one tensor, that it is in the 10^11th block.
+    """
+    empty = next((name for name, value in tensors.items() if not value.size), None)
+    if empty is not None:
+        raise WeightsError(f"its tensor {empty} has shape {tensors[empty].shape}, which holds no number")
+    if not (1 <= levels <= _LEVELS and 1 <= blocks <= _BLOCKS):
+        raise WeightsError(
+            f"by the names of its tensors its network has {levels} levels of {blocks} blocks; expected 1 to {_LEVELS} "
+            f"levels of 1 to {_BLOCKS}"
+        )
 
 
 def convert(

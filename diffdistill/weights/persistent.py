@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError, torch_file
 
+_STEPS = 64  # of each pickle within a block of numbers, which describes a single storage
+
 
 class Record:
     """Stands for an object: the name of its class and its attributes, both as the file says."""
@@ -39,13 +41,19 @@ class Record:
         """An attribute of the given type; WeightsError where it is absent or of another one."""
         value = self.state.get(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise WeightsError(f"its {self.class_name} has {name}={value!r:.80}, which was not expected there")
+            raise WeightsError(
+                f"its {self.class_name} has {name}={unpickling.shown(value)}, which was not expected there"
+            )
         return value
+
+    def entries(self, name: str) -> Mapping[str, Any]:
+        """The dict that an attribute is; empty where it is absent or something else."""
+        value = self.state.get(name)
+        return value if isinstance(value, Mapping) else {}
 
     def child(self, name: str) -> Record:
         """The submodule of that name; WeightsError where there is none."""
-        modules = self.state.get("_modules")
-        found = modules.get(name) if isinstance(modules, Mapping) else None
+        found = self.entries("_modules").get(name)
         if not isinstance(found, Record):
             raise WeightsError(f"its {self.class_name} has no submodule {name!r}")
         return found
@@ -63,12 +71,12 @@ class Record:
         seen.add(id(self))
         found: dict[str, NDArray[Any]] = {}
         for kind in ("_parameters", "_buffers"):
-            for name, value in dict(self.state.get(kind) or {}).items():
+            for name, value in self.entries(kind).items():
                 if isinstance(value, torch_file.Tensor):
                     found[prefix + name] = value.array()
                 elif value is not None:
                     raise WeightsError(f"its {prefix}{name} is no tensor")
-        for name, module in dict(self.state.get("_modules") or {}).items():
+        for name, module in self.entries("_modules").items():
             if isinstance(module, Record):
                 found |= module._tensors(f"{prefix}{name}.", seen)
         return found
@@ -87,20 +95,21 @@ class _Number(Record):
 def _reconstruct(meta: Any) -> Record:
     if not isinstance(meta, Mapping) or not isinstance(meta.get("state"), Mapping):
         raise WeightsError("it describes an object by something that is not its class and state")
-    return Record(str(meta.get("class_name", "")), meta["state"])
+    name = meta.get("class_name")
+    return Record(name[: unpickling.NAMES_LIMIT] if isinstance(name, str) else "", meta["state"])
 
 
 def _load_from_bytes(content: Any) -> Any:
     if not isinstance(content, bytes | bytearray):
         raise WeightsError("a block of numbers is not given as bytes")
-    return torch_file.read_stream(io.BytesIO(content))
+    return torch_file.read_stream(io.BytesIO(content), _STEPS)
 
 
 _KNOWN: dict[tuple[str, str], Any] = {
     **{name: stand_in for name, stand_in in torch_file.KNOWN.items() if name[0] in ("collections", "torch._utils")},
     ("torch.storage", "_load_from_bytes"): _load_from_bytes,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _reconstruct,
-    ("dnnlib.util", "EasyDict"): OrderedDict,
+    ("dnnlib.util", "EasyDict"): torch_file.Pairs,
     ("numpy", "dtype"): _Number,
     ("numpy.core.multiarray", "scalar"): _Number,
     ("numpy._core.multiarray", "scalar"): _Number,
@@ -132,7 +141,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise WeightsError(f"{path} is damaged or truncated ({type(error).__name__}: {error}).") from error
+        raise WeightsError(f"{path} is damaged or truncated ({unpickling.about(error)}).") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}; a dict with the entry 'ema' was expected.")
     return content

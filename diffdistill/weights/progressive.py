@@ -10,12 +10,23 @@ from typing import Any
 
 import flax.serialization
 import flax.traverse_util
+import msgpack
 import numpy as np
 
+from diffdistill.data import unpickling
 from diffdistill.models import architectures
 from diffdistill.models.denoiser import Network, Params
 from diffdistill.weights import WeightsError
-from diffdistill.weights.imported import LOWEST_RESOLUTION, ImportedModel, Tensors, parameter_shapes, sha256
+from diffdistill.weights.imported import (
+    LOWEST_RESOLUTION,
+    ImportedModel,
+    Tensors,
+    check_stack,
+    parameter_shapes,
+    sha256,
+)
+
+_CONTAINERS = 1 << 17  # dicts and lists of a file
 
 
 def read(path: Path, *, image_size: int = 0, prediction: str = "") -> ImportedModel:
@@ -46,20 +57,50 @@ def read(path: Path, *, image_size: int = 0, prediction: str = "") -> ImportedMo
 
 def _restore(path: Path) -> dict[str, Any]:
     try:
-        content = flax.serialization.msgpack_restore(path.read_bytes())
+        packed = path.read_bytes()
+        _check_containers(packed)
+        content = flax.serialization.msgpack_restore(packed)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except WeightsError as error:
+        raise WeightsError(f"{path} is refused: {error}.") from error
     except Exception as error:  # damaged msgpack raises nearly anything
-        raise WeightsError(f"{path} is damaged, truncated or no msgpack ({type(error).__name__}: {error}).") from error
+        raise WeightsError(f"{path} is damaged, truncated or no msgpack ({unpickling.about(error)}).") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}; a dict with the entry 'ema_params' was expected.")
     return content
 
 
+def _check_containers(packed: bytes) -> None:
+    """Raises WeightsError where a file holds more dicts and lists than any training state: one takes a single byte."""
+    count = 0
+
+    def container(_: list[Any]) -> None:
+        nonlocal count
+        count += 1
+        if count > _CONTAINERS:
+            raise WeightsError(f"it holds more than {_CONTAINERS} dicts and lists, which no training state needs")
+
+    def restore(content: bytes) -> None:
+        msgpack.unpackb(
+            content,
+            object_pairs_hook=container,
+            list_hook=container,
+            ext_hook=lambda _, inner: restore(inner),
+            max_array_len=_CONTAINERS,
+            raw=True,
+            strict_map_key=False,
+        )
+
+    restore(packed)
+
+
 def _import(path: Path, tensors: Tensors, image_size: int, prediction: str, num_steps: int) -> ImportedModel:
     levels = len({name for name in tensors if re.match(r"down_\d+_block_0/conv1/kernel", name)})
-    size = image_size or LOWEST_RESOLUTION << max(levels - 1, 0)
-    channels, model = _shape(tensors, "conv_in/kernel")[2], _settings(tensors, levels, size)
+    blocks = len({name for name in tensors if re.match(r"down_0_block_\d+/conv1/kernel", name)})
+    check_stack(tensors, levels, blocks)
+    size = image_size or LOWEST_RESOLUTION << levels - 1
+    channels, model = _shape(tensors, "conv_in/kernel")[2], _settings(tensors, levels, blocks, size)
     outputs = _shape(tensors, "conv_out/kernel")[3]
     if outputs not in (channels, 2 * channels):
         raise WeightsError(f"its network puts out {outputs} channels for images of {channels}")
@@ -88,11 +129,11 @@ def _import(path: Path, tensors: Tensors, image_size: int, prediction: str, num_
     )
 
 
-def _settings(tensors: Tensors, levels: int, size: int) -> dict[str, Any]:
+def _settings(tensors: Tensors, levels: int, blocks: int, size: int) -> dict[str, Any]:
     """The fields of config.ModelConfig, from the shapes of the tensors."""
     channels = _shape(tensors, "conv_in/kernel")[3]
     widths = [_shape(tensors, f"down_{level}_block_0/conv1/kernel")[3] for level in range(levels)]
-    if not widths or any(width % channels for width in widths):
+    if any(width % channels for width in widths):
         raise WeightsError(f"its levels are {widths} channels wide, which are not multiples of the first {channels}")
     heads = {_shape(tensors, name)[1:3] for name in tensors if name.endswith("/q/kernel")}
     numbers, sizes = (sorted({head[axis] for head in heads}) for axis in (0, 1))
@@ -103,7 +144,7 @@ def _settings(tensors: Tensors, levels: int, size: int) -> dict[str, Any]:
         "channels": channels,
         "multipliers": tuple(width // channels for width in widths),
         "embedding": _shape(tensors, "dense0/kernel")[1],
-        "blocks_per_level": len({name for name in tensors if re.match(r"down_0_block_\d+/conv1/kernel", name)}),
+        "blocks_per_level": blocks,
         "attention_resolutions": tuple(
             size >> level for level in range(levels) if f"down_{level}_attn_0/q/kernel" in tensors
         ),

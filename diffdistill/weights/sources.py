@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError, edm, guided_diffusion, progressive, torch_file
 from diffdistill.weights.imported import ImportedModel
 
@@ -45,8 +46,8 @@ def import_weights(source: str, path: str | Path, **options: str | int) -> Impor
         if looks and looks != source:
             raise WeightsError(f"{error} By its first bytes it is one for --source={looks}.") from error
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{path} is not a network of {source} ({type(error).__name__}: {error}).") from error
+    except Exception as error:  # names and shapes that belong to no network raise nearly anything
+        raise WeightsError(f"{path} is not a network of {source} ({unpickling.about(error)}).") from error
 
 
 def _looks_like(path: Path) -> str:

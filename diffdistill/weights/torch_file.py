@@ -8,6 +8,7 @@ that rebuild tensors are known, each replaced by an inert stand-in of our own, a
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zipfile
 from collections import OrderedDict
@@ -24,8 +25,7 @@ from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before the zip file, a number that a pickle holds
-_VIEWS = 16  # tensors of the size of their storage that may share it: each becomes an array of its own
-_DESCRIPTION_LIMIT = 1 << 26  # bytes of the pickle that describes the tensors of a zip file
+_VIEWS = 4  # tensors of the size of their storage that may share it: each becomes an array of its own
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -86,6 +86,16 @@ class Tensor:
         return np.array(view)
 
 
+class Pairs(OrderedDict[Any, Any]):
+    """Stands for OrderedDict: of a list of pairs, or empty and filled later; never the copy of a dict."""
+
+    def __init__(self, pairs: Any = ()) -> None:
+        super().__init__()
+        for key, value in pairs:
+            unpickling.check_keys([key])
+            self[key] = value
+
+
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
     whole = [offset, *shape, *strides]
     if not isinstance(storage, _Storage) or not all(type(n) is int for n in whole) or len(shape) != len(strides):
@@ -98,7 +108,7 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
 
 
 KNOWN: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): Pairs,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
@@ -112,8 +122,13 @@ class _Unpickler(unpickling.Unpickler):
     known = KNOWN
     stateful = (OrderedDict,)  # the dicts of torch's modules have attributes
 
-    def __init__(self, file: BinaryIO, find_storage: Callable[[str, np.dtype[Any], int], _Storage]) -> None:
-        super().__init__(file)
+    def __init__(
+        self,
+        file: BinaryIO,
+        find_storage: Callable[[str, np.dtype[Any], int], _Storage],
+        operations: int = unpickling.OPERATIONS,
+    ) -> None:
+        super().__init__(file, operations=operations)
         self._find_storage = find_storage
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -145,8 +160,8 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # a damaged pickle raises nearly anything
-        kind = type(error).__name__
-        raise WeightsError(f"{path} is damaged, truncated or not from torch.save ({kind}: {error}).") from error
+        reason = unpickling.about(error)
+        raise WeightsError(f"{path} is damaged, truncated or not from torch.save ({reason}).") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path} holds a {type(found).__name__}; a dict of tensors was expected.")
     return found
@@ -161,10 +176,17 @@ def is_torch(path: str | Path) -> bool:
 
 def _read_zip(file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
+        names, entries = archive.namelist(), archive.infolist()
         pickles = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise WeightsError("the zip file holds no data.pkl, so torch.save did not write it")
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        # Entries may also lie over each other, or claim any size.
+        if packed or sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+            raise WeightsError(
+                "its entries are compressed or lie over each other, which torch.save never does; write it again with "
+                "torch.save"
+            )
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise WeightsError("its numbers are big-endian; save it again on a little-endian machine")
@@ -173,27 +195,28 @@ def _read_zip(file: BinaryIO) -> Any:
         def find(key: str, dtype: np.dtype[Any], size: int) -> _Storage:
             if key not in storages:
                 entry = archive.getinfo(f"{root}data/{key}")
-                if entry.file_size != size * dtype.itemsize:  # before it is unpacked: a few bytes may become gigabytes
+                if entry.file_size != size * dtype.itemsize:
                     raise WeightsError(f"storage {key} has {entry.file_size} bytes, not {size * dtype.itemsize}")
                 content = archive.read(entry)  # the zip file checks every member's CRC
                 storages[key] = _Storage(dtype, size, np.frombuffer(content, dtype))
             return storages[key]
 
-        if archive.getinfo(pickles[0]).file_size > _DESCRIPTION_LIMIT:
-            raise WeightsError("its description of the tensors is longer than any network needs")
         with archive.open(pickles[0]) as stream:
             return _Unpickler(stream, find).load()  # type: ignore[arg-type]
 
 
-def read_stream(file: BinaryIO) -> Any:
-    """The object in an open file of the format before the zip file, with Tensor in place of tensors."""
+def read_stream(file: BinaryIO, operations: int = unpickling.OPERATIONS) -> Any:
+    """The object in an open file of the format before the zip file, with Tensor in place of tensors.
+
+    operations: that each of its pickles may have.
+    """
     storages: dict[str, _Storage] = {}
 
     def find(key: str, dtype: np.dtype[Any], size: int) -> _Storage:
         return storages.setdefault(key, _Storage(dtype, size))
 
     def load() -> Any:
-        return _Unpickler(file, find).load()
+        return _Unpickler(file, find, operations).load()
 
     if load() != _MAGIC:
         raise WeightsError("it does not begin as files of torch.save do")
@@ -202,6 +225,8 @@ def read_stream(file: BinaryIO) -> Any:
         raise WeightsError("its numbers are big-endian; save it again on a little-endian machine")
     content = load()
     for key in load():
+        if not isinstance(key, str) or key not in storages:
+            raise WeightsError("it names a block of numbers that no tensor shows")
         storage = storages[key]
         (size,) = struct.unpack("<q", file.read(8))
         data = file.read(size * storage.dtype.itemsize)

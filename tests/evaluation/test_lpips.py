@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import pickle
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -40,6 +42,29 @@ def test_lpips_is_the_reference(name, tmp_path):
 
 
 def test_a_file_without_the_learnt_weights_is_refused(tmp_path):
-    path = torch_zip.write(tmp_path / "lpips.pth", {"net.slice1.0.weight": np.zeros((2, 3, 3, 3), np.float32)})
+    path = torch_zip.write(tmp_path / "lpips.pth", {"net.slice1.0.weight": np.zeros((2, 3, 11, 11), np.float32)})
     with pytest.raises(WeightsError, match=r"lacks the tensor net.slice1.0.bias; expected the state dict of lpips"):
         lpips.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape", "message"),
+    [
+        ("net.slice1.0.weight", (0,), r"net.slice1.0.weight has shape \(0,\), not \(any, 3, 11, 11\)"),
+        ("net.slice1.0.weight", (0, 3, 11, 11), r"net.slice1.0.weight has shape \(0, 3, 11, 11\)"),
+        ("net.slice2.3.weight", (192, 3, 5, 5), r"net.slice2.3.weight has shape .*, not \(any, 64, 5, 5\)"),
+        ("net.slice5.10.bias", (1,), r"net.slice5.10.bias has shape \(1,\), not \(256\)"),
+        ("lin2.model.1.weight", (384,), r"lin2.model.1.weight has shape \(384,\), not \(1, 384, 1, 1\)"),
+    ],
+)
+def test_tensors_of_other_shapes_are_named(tmp_path, changed, shape, message):
+    path = torch_zip.write(tmp_path / "lpips.pth", {**tensors("alex"), changed: np.zeros(shape, np.float32)})
+    with pytest.raises(WeightsError, match=message):
+        lpips.load(path)
+
+
+def test_text_in_place_of_a_tensor_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "lpips.pth", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps({"net.slice1.0.weight": "x"}, 2))
+    with pytest.raises(WeightsError, match=r"net.slice1.0.weight is no tensor of floating point"):
+        lpips.load(tmp_path / "lpips.pth")

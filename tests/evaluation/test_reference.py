@@ -199,8 +199,8 @@ def test_our_files_are_held_to_their_protocol_and_network(tmp_path):
         ({"sigma": SIGMA + np.diag([np.inf] * D)}, "infinity"),
         ({"sigma": SIGMA + 1e-3 * np.eye(D, k=1)}, "not symmetric"),
         ({"sigma": -SIGMA}, "variance is negative"),
-        ({"count": 1}, "of 1 images; a covariance needs at least 2"),
-        ({"count": "many"}, "of 'many' images"),
+        ({"count": 1}, "images as 1; a covariance needs at least 2"),
+        ({"count": "many"}, "images as 'many'"),
         ({"mu_s": ADM["mu_s"]}, r"sigma_s \(0,\)"),
         ({"sigma_s": ADM["sigma_s"]}, r"mu_s has shape \(0,\)"),
         ({"mu_s": MU, "sigma_s": ADM["sigma_s"]}, r"mu_s has shape \(5,\) and sigma_s \(7, 7\)"),
@@ -213,7 +213,7 @@ def test_malformed_statistics(tmp_path, changes, message):
 
 
 def test_damaged_provenance(tmp_path):
-    for text in ("{", "[3]"):
+    for text in ("{", "[3]", "[" * 100_000):
         path = saved(tmp_path / "x.npz", mu=MU, sigma=SIGMA, provenance=np.array(text))
         refused(path, "provenance is damaged")
 
@@ -231,6 +231,41 @@ def test_damaged_files(tmp_path):
     refused(path, "damaged.*CRC", "clean")
     path.write_bytes(pickle.dumps({"fid": {"mu": MU, "sigma": SIGMA}})[:200])
     refused(path, "damaged or truncated")
+
+
+def changed_entry(path, place, content):
+    """The same file with other bytes in its first entry of the directory."""
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"PK\1\2") + place
+    whole[start : start + len(content)] = content
+    path.write_bytes(whole)
+
+
+def test_small_files_do_not_become_gigabytes(tmp_path):
+    path = saved(tmp_path / "x.npz", mu=MU, sigma=SIGMA)
+    for place in (24, 20):  # its size unpacked, and then also packed
+        changed_entry(path, place, (1 << 30).to_bytes(4, "little"))
+        refused(path, r"mu\.npy would unpack \d+ bytes to 1073741824")
+
+
+def test_names_that_are_no_text_are_damage(tmp_path):
+    path = saved(tmp_path / "x.npz", mu=MU, sigma=SIGMA)
+    changed_entry(path, 8, b"\0\x08")  # the names are UTF-8
+    changed_entry(path, 46, b"\xff")
+    assert not reference.is_statistics(path)
+    assert not reference.holds_images(path)
+    refused(path, "damaged")
+
+
+def test_values_of_other_types_are_refused_by_their_type(tmp_path):
+    refused(ours(tmp_path / "x.npz", weights_sha256=5), "feature network 5", "clean", weights_sha256="ab" * 32)
+    refused(ours(tmp_path / "x.npz", count=[3]), "images as a list; a covariance needs", "clean")
+    deep = ()
+    for _ in range(60):
+        deep = (deep, deep)
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps({"fid": {"mu": MU, "sigma": SIGMA}, "num_images": deep}))
+    refused(path, "images as a tuple; a covariance needs")
 
 
 def test_what_is_no_statistics_is_named(tmp_path):

@@ -182,6 +182,13 @@ def _set(name, value):
         ("ddpmpp-cond", _add("enc.4x4_block0.qkv.weight", (6, 4, 1, 1)), r"enc.4x4_block0.qkv.weight has shape"),
         ("ddpmpp-cond", _add("enc.4x4_down.conv0.resample_filter", (1, 1, 2, 2)), "is not the filter"),
         ("ddpmpp-cond", _set("sigma_data", None), "sigma_data=None"),
+        ("ddpmpp-cond", _set("sigma_min", 10**400), r"is not a network of edm \(OverflowError"),
+        ("ddpmpp-cond", _set("sigma_min", ((), ())), "sigma_min=a tuple, which was not expected"),
+        (
+            "ddpmpp-cond",
+            _add("dec.8x8_block1.conv0.weight", (0, 3)),
+            r"has shape \(0, 3\), which holds no",
+        ),
         ("ddpmpp-cond", _set("label_dim", 4), r"map_label.weight has shape \(8, 3\)"),
         ("ddpmpp-uncond", _set("beta_d", 12.0), "beta_d=12.0, but only 19.9"),
         ("ncsnpp-cond", _set("sigma_min", 0), "noise levels from 0.0 to 100.0, expected two positive"),
@@ -236,6 +243,35 @@ def test_code_is_refused_before_anything_runs(tmp_path, monkeypatch, evil, name,
     with pytest.raises(WeightsError, match=name):
         import_weights("edm", path)
     assert not mark.exists()
+
+
+def test_a_block_of_numbers_is_not_read_a_million_times(tmp_path, monkeypatch):
+    persistent_pickle.stand_ins(monkeypatch)
+    content = persistent_pickle.storage_bytes(np.zeros(1 << 18, np.float32))
+    load = persistent_pickle._name("torch.storage", "_load_from_bytes")
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps({"ema": [persistent_pickle.Call(load, content) for _ in range(1000)]}))
+    monkeypatch.undo()
+    assert path.stat().st_size < 1 << 21
+    with pytest.raises(WeightsError, match="repeats a part of itself so often"):
+        import_weights("edm", path)
+
+
+@pytest.mark.parametrize("field", ["class_name", "_parameters"])
+def test_a_record_of_deep_tuples_is_refused(tmp_path, monkeypatch, field):
+    """(t, t) of (t, t) of ...: 2^60 tuples to its hash and to its text."""
+    persistent_pickle.stand_ins(monkeypatch)
+    deep = ()
+    for _ in range(60):
+        deep = (deep, deep)
+    module = persistent_pickle.persistent("Net", _parameters=[(deep, 1)])
+    state = {"sigma_min": 0, "sigma_max": 1, "img_resolution": 8, "img_channels": 3, "_modules": {"model": module}}
+    ema = persistent_pickle.persistent(deep if field == "class_name" else "EDMPrecond", **state)
+    path = tmp_path / "file.pkl"
+    path.write_bytes(pickle.dumps({"ema": ema}))
+    monkeypatch.undo()
+    with pytest.raises(WeightsError, match="'ema' is a ''" if field == "class_name" else "without an encoder"):
+        import_weights("edm", path)
 
 
 def test_source_inside_the_file_stays_text(write):

@@ -1,6 +1,7 @@
 """State dicts of guided-diffusion (outputs of the reference) and msgpack of progressive distillation."""
 
 import json
+import math
 import pathlib
 
 import flax.serialization
@@ -55,6 +56,16 @@ def test_the_layout_of_p2_is_the_reference(tmp_path):
         import_weights("guided-diffusion", path, prediction="v")
 
 
+def _only_block(*numbers):
+    """Leaves of the tensors only some that double the resolution, by their names."""
+
+    def change(tensors):
+        tensors.clear()
+        tensors.update({f"output_blocks.{number}.1.in_layers.0.bias": np.zeros(1) for number in numbers})
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -72,6 +83,9 @@ def test_the_layout_of_p2_is_the_reference(tmp_path):
         (lambda t: t.update({"input_blocks.4.1.qkv.weight": np.zeros((9, 256, 1))}), {}, "3 x 256 rows are needed"),
         (lambda t: t.update({"out.2.weight": np.zeros((5, 128, 3, 3))}), {}, "puts out 5 channels for images of 3"),
         (lambda t: t.clear(), {}, "other means than residual blocks"),
+        (lambda t: t.update({"label_emb.weight": np.zeros((0, 4))}), {}, r"label_emb.weight has shape \(0, 4\), which"),
+        (_only_block(10**11), {}, "has 2 levels of 100000000000 blocks; expected 1 to 12 levels of 1 to 8"),
+        (_only_block(*range(1, 63)), {}, "has 63 levels of 1 blocks; expected 1 to 12"),
     ],
 )
 def test_a_mismatch_in_a_state_dict_is_named(tmp_path, change, options, message):
@@ -157,15 +171,37 @@ def test_a_mismatch_in_a_training_state_is_named(tmp_path):
             lambda tree: tree.update({"down_0.downsample": {"kernel": np.zeros(3)}}),
             "lacks the tensor down_0_downsample",
         ),
+        (
+            lambda tree: tree["conv_in"].update(kernel=np.zeros((0, 3, 3, 0))),
+            r"kernel has shape \(0, 3, 3, 0\)",
+        ),
+        (
+            lambda tree: tree.update({f"down_{n}.block_0": tree["down_0.block_0"] for n in range(63)}),
+            "has 63 levels of 1 blocks",
+        ),
         (lambda tree: tree.update({"alien": {"kernel": np.zeros(3)}}), r"has the tensor alien/kernel \(3,\)"),
     ):
         _, tree = released(network, 16)
         change(tree)
         with pytest.raises(WeightsError, match=message):
             import_weights("progressive", write_state(path, tree))
+    path.write_bytes(flax.serialization.to_bytes({"ema_params": tree, "num_sample_steps": math.inf}))
+    with pytest.raises(WeightsError, match=r"is not a network of progressive \(OverflowError"):
+        import_weights("progressive", path)
     path.write_bytes(b"\xc1nothing")
     with pytest.raises(WeightsError, match="damaged"):
         import_weights("progressive", path)
     path.write_bytes(flax.serialization.to_bytes({"weights": 1}))
     with pytest.raises(WeightsError, match="no entry 'ema_params', only weights"):
+        import_weights("progressive", path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_training_state_of_a_million_empty_dicts_is_refused(tmp_path, inside):
+    """Each is a single byte; inside: those of one array are."""
+    lists = b"\x93" + (b"\xdc\xff\xff" + b"\x80" * 0xFFFF) * 3
+    content = b"\xc9" + len(lists).to_bytes(4, "big") + b"\x01" + lists if inside else lists
+    path = tmp_path / "checkpoint_3"
+    path.write_bytes(b"\x81\xaaema_params" + content)
+    with pytest.raises(WeightsError, match="holds more than 131072 dicts and lists"):
         import_weights("progressive", path)

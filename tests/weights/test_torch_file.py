@@ -19,6 +19,7 @@ import torch_zip
 from diffdistill.weights import WeightsError, torch_file
 
 FILES = pathlib.Path(__file__).parent
+DEEP = b")" + b"2\x86" * 60  # (t, t) of (t, t) of ...: its hash visits 2^60 tuples
 
 
 @pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
@@ -103,7 +104,7 @@ def test_tensors_that_reach_beyond_their_storage_are_refused(tmp_path, monkeypat
 
 
 def test_what_is_small_when_packed_is_not_unpacked(tmp_path):
-    """A zip file of a few kilobytes whose one storage is 64 MB: refused by the size in its directory."""
+    """A zip file of a few kilobytes whose one storage is 64 MB: refused by its directory."""
     path = torch_zip.write(tmp_path / "x.pth", {"weight": np.ones((2, 3), np.float32)})
     with zipfile.ZipFile(path) as archive:
         described = archive.read("archive/data.pkl")
@@ -112,7 +113,7 @@ def test_what_is_small_when_packed_is_not_unpacked(tmp_path):
         archive.writestr("archive/data/0", b"\0" * (1 << 26))
     assert path.stat().st_size < 1 << 17
     tracemalloc.start()
-    with pytest.raises(WeightsError, match="storage 0 has 67108864 bytes, not 24"):
+    with pytest.raises(WeightsError, match="its entries are compressed"):
         torch_file.read_state_dict(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 23
     tracemalloc.stop()
@@ -121,8 +122,48 @@ def test_what_is_small_when_packed_is_not_unpacked(tmp_path):
 def test_one_block_of_numbers_does_not_become_thousands_of_arrays():
     storage = torch_file._Storage(np.dtype("<f4"), 4, np.zeros(4, np.float32))
     tensors = [torch_file.Tensor(storage, 0, (4,), (1,)) for _ in range(100)]
-    with pytest.raises(WeightsError, match="more than 16 tensors show all of the same block"):
+    with pytest.raises(WeightsError, match="more than 4 tensors show all of the same block"):
         torch_file._arrays(tensors, {})
+
+
+def test_entries_that_lie_over_each_other_are_refused(tmp_path):
+    """Each of a thousand entries may span all that follow: their sum says it before any is read."""
+    path = torch_zip.write(tmp_path / "x.pth", {"weight": np.ones((30, 30), np.float32)})
+    content = bytearray(path.read_bytes())
+    entry = content.rfind(b"PK\1\2")
+    content[entry + 20 : entry + 28] = (1 << 20).to_bytes(4, "little") * 2
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="its entries are compressed or lie over each other"):
+        torch_file.read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        (b"\x80\x02ccollections\nOrderedDict\n]](" + DEEP + b"K\x01ea\x85R.", "has a key of type tuple"),
+        (b"\x80\x02ccollections\nOrderedDict\n}(K\x00NK\x01Nu\x85R.", "cannot unpack"),
+    ],
+    ids=["key", "copy of a dict"],
+)
+def test_descriptions_that_would_never_end_are_refused(tmp_path, described, message):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", described)
+    with pytest.raises(WeightsError, match=message):
+        torch_file.read_state_dict(tmp_path / "x.pth")
+
+
+def test_a_list_of_pairs_is_a_dict(tmp_path):
+    """Python 2 wrote an OrderedDict so."""
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02ccollections\nOrderedDict\n]](U\x01aK\x01ea\x85R.")
+    assert torch_file.read_state_dict(tmp_path / "x.pth") == {"a": 1}
+
+
+def test_the_keys_of_a_stream_are_not_hashed_unseen(tmp_path):
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {})]
+    (tmp_path / "x.pth").write_bytes(b"".join(parts) + b"\x80\x02]" + DEEP + b"a.")
+    with pytest.raises(WeightsError, match="names a block of numbers that no tensor shows"):
+        torch_file.read_state_dict(tmp_path / "x.pth")
 
 
 def test_other_content_is_refused(tmp_path):
