@@ -1,4 +1,4 @@
-"""Archives made to fill the memory, to run for ever or to break a reader are refused at once, each with one DataError."""
+"""Archives made to fill the memory, to run for ever or to break a reader are refused at once, with one DataError."""
 
 import bz2
 import gzip
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffdistill.data import DataError, gather, open_source
+from diffdistill.data import DataError, Source, gather, open_source
 from diffdistill.data.containers import open_container
 from diffdistill.data.latents import holds_latents
 from diffdistill.data.prepare import prepare
@@ -27,11 +27,14 @@ def png() -> bytes:
     return file.getvalue()
 
 
+def everything(source: Source) -> None:
+    gather(source, range(len(source)))
+
+
 def refused(path: Path, message: str) -> None:
     begin = time.monotonic()
     with pytest.raises(DataError, match=message) as caught:
-        source = open_source(source="images", path=path)
-        gather(source, range(len(source)))
+        everything(open_source(source="images", path=path))
     assert path.name in str(caught.value)
     assert time.monotonic() - begin < 5
 
@@ -148,8 +151,7 @@ def test_zip_files(tmp_path, kind):
     file.write_bytes(ZIPS[kind])
     refused(file, "truncated, damaged or of another kind|compressed by method 12|in 30000 folders")
     with pytest.raises(DataError, match=r"x\.zip"):
-        source = open_unlabelled(file)
-        gather(source, range(len(source)))
+        everything(open_unlabelled(file))
     with pytest.raises(DataError, match=r"x\.zip"):
         prepare(file, tmp_path / "out")
     holds_latents(file)
