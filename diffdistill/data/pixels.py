@@ -54,6 +54,9 @@ def _opened(file: BinaryIO, title: str) -> Image.Image:
     return image
 
 
+# Blocks over 32 MiB go back to the system at once; of 16 MiB, the default, they stay with the thread that freed them.
+Image.core.set_block_size(2**26)
+
 _changed = threading.Condition()
 _pixels = 0  # of the pictures that are being decoded
 

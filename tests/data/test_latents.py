@@ -81,7 +81,10 @@ def test_the_network_sees_them_shifted_and_scaled(file, tmp_path, kind):
         ({"latents": np.zeros((2, *SHAPE), np.float32), "labels": np.array([0.5, 1.0])}, "whole numbers"),
         ({"latents": np.zeros((2, *SHAPE), np.float32), "labels": np.array([0])}, "one label per image"),
         ({"latents": np.array([{}], object)}, "damaged .*Object arrays cannot be loaded"),
-        ({"latents": np.zeros((2, *SHAPE), np.float32), "class_names": np.array("a")}, "must be a list of at most 100000 names"),
+        (
+            {"latents": np.zeros((2, *SHAPE), np.float32), "class_names": np.array("a")},
+            "must be a list of at most 100000 names",
+        ),
         ({"latents": np.zeros((2, *SHAPE), np.float32), "labels": np.array([0, 10**9])}, "as many classes"),
     ],
 )
