@@ -184,23 +184,28 @@ def _read_picture(what: str, path: str, image_size: int | None, channels: int) -
 def _read_labels(path: str) -> list[int]:
     """Classes out of a file: (num,) whole numbers, or (num, classes) one-hot rows, as the EDM networks take them."""
     labels = _read_array("labels", path)
-    if labels.ndim == 2 and ((labels == labels.max(1, keepdims=True)).sum(1) == 1).all():
+    if labels.ndim == 2 and labels.size and ((labels == labels.max(1, keepdims=True)).sum(1) == 1).all():
         labels = labels.argmax(1)
-    if labels.ndim != 1 or not np.array_equal(labels, labels.astype(np.int64)):
+    with np.errstate(invalid="ignore"):
+        whole = labels.astype(np.int64)
+    if labels.ndim != 1 or not np.array_equal(labels, whole):
         raise SampleError(
             f"--labels={path} holds {labels.dtype} {labels.shape}; expected (num,) class numbers or (num, classes) "
             "one-hot rows."
         )
-    return [int(label) for label in labels]
+    return whole.tolist()
 
 
 def _read_array(what: str, path: str) -> np.ndarray:
     try:
         with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+            array = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
         raise SampleError(f"--{what}={path} cannot be read: {error.strerror}.") from error
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header raises nearly anything
         raise SampleError(
             f"--{what}={path} is not an .npy file of numbers ({error}); write it with numpy.save."
         ) from error
+    if array.dtype.kind not in "biuf":
+        raise SampleError(f"--{what}={path} holds {array.dtype}; expected plain numbers, written with numpy.save.")
+    return array

@@ -1,6 +1,7 @@
 """Samples of a trained stage: an image is a function of its seed, and what a model cannot give is refused."""
 
 import dataclasses
+import struct
 import subprocess
 import sys
 
@@ -210,3 +211,54 @@ def test_a_model_without_a_trained_null_class_cannot_be_guided(smoke_run):
 def test_more_labels_than_images_are_refused(smoke_run):
     with pytest.raises(SampleError, match="3 labels were given for 2 images"):
         diffdistill.load(smoke_run.path).sample(2, labels=[1, 2, 3])
+
+
+def npy(descr, shape, raw: str = "") -> bytes:
+    """An .npy file of a header alone."""
+    head = (raw or f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}").encode()
+    head += b" " * (-(len(head) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy("<f4", (1 << 40,)),
+        npy("<f4", (1 << 62, 1 << 62)),
+        npy("<f4", (-1,)),
+        npy([], (10**12,)),
+        npy("<U0", (10**12,)),
+        npy("", (), raw="{'descr': '<f4', 'shape': (("),
+        npy("", (), raw="(" * 9000),
+        b"",
+    ],
+)
+def test_damaged_arrays_are_one_error(tmp_path, content):
+    file = tmp_path / "x.npy"
+    file.write_bytes(content)
+    for read in (lambda: sample_files._read_array("latents", str(file)), lambda: sample_files._read_labels(str(file))):
+        with pytest.raises(SampleError, match=r"x\.npy (is not an .npy file of numbers|holds)"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.zeros((0, 0)),
+        np.zeros((3, 0)),
+        np.array(["a"]),
+        np.array([["a", "b"]]),
+        np.zeros(3, [("a", "i4")]),
+        np.zeros((3, 2), [("a", "i4")]),
+        np.array(3),
+        np.array([1 + 2j]),
+        np.array([0.5]),
+        np.array([np.nan]),
+        np.array([[1.0, np.nan]]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_labels_that_are_no_classes(tmp_path, labels):
+    np.save(tmp_path / "x.npy", labels)
+    with pytest.raises(SampleError, match=r"x\.npy holds"):
+        sample_files._read_labels(str(tmp_path / "x.npy"))

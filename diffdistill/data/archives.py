@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from diffdistill.data import pickles
 from diffdistill.data.containers import Container
-from diffdistill.data.contract import DataError, Source
+from diffdistill.data.contract import DataError, Source, reading
 from diffdistill.data.pixels import listing_digest
+from diffdistill.data.zips import check_entry, open_zip
 
 _CIFAR_BYTES = 3 * 32 * 32
 _IMAGENET_CLASSES = 1000
@@ -132,11 +133,14 @@ def _check_labels(container: Container, name: str, labels: NDArray[np.int64], nu
 
 
 def _cifar_names(container: Container, meta: str) -> tuple[str, ...]:
-    with container.open(meta) as file:
+    title = f"{container.path}: {meta}"
+    with container.open(meta) as file, reading(title):
         if meta.endswith(".txt"):
             return tuple(line.strip() for line in file.read().decode().splitlines() if line.strip())
-        names = pickles.load(file, f"{container.path}: {meta}").get("label_names", [])
-    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+        names = pickles.load(file, title).get("label_names")
+        if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names):
+            raise DataError(f"{title} has no list of 'label_names'; fetch the archive again")
+        return tuple(name.decode() if isinstance(name, bytes) else name for name in names)
 
 
 def _cifar_part(container: Container, name: str) -> _Part:
@@ -161,17 +165,23 @@ def _pickled(container: Container, name: str) -> _Part:
     with container.open(name) as file:
         content: dict[str, Any]
         if name.endswith(".npz"):
-            try:
-                with np.load(file if file.seekable() else io.BytesIO(file.read()), allow_pickle=False) as stored:
-                    content = {key: stored[key] for key in ("data", "labels") if key in stored}
-            except Exception as error:  # a damaged zip raises nearly anything
-                raise DataError(f"{title} is damaged or truncated ({error}); fetch it again") from error
+            whole = file if file.seekable() else io.BytesIO(file.read())
+            with open_zip(whole, title) as archive:
+                for entry in archive.infolist():
+                    check_entry(archive, entry, f"{title}: {entry.filename}")
+            whole.seek(0)
+            with reading(title), np.load(whole, allow_pickle=False) as stored:
+                content = {key: stored[key] for key in ("data", "labels") if key in stored}
         else:
             content = pickles.load(file, title)
     data, labels = content.get("data"), content.get("labels")
-    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.dtype != np.uint8 or labels is None:
-        raise DataError(f"{title} has no 'data' (N, 3 * size * size) uint8 with 'labels'; found {sorted(content)}")
+    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.dtype != np.uint8 or not data.size:
+        raise DataError(f"{title} has no 'data' (N, 3 * size * size) uint8; found {str(sorted(content))[:200]}")
+    with reading(f"{title}: labels"):
+        labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise DataError(f"{title} has no 'labels' (N,) of whole numbers, but {labels.dtype} {labels.shape}")
     side = math.isqrt(data.shape[1] // 3)
     if 3 * side * side != data.shape[1] or len(labels) != len(data):
         raise DataError(f"{title}: rows of {data.shape[1]} bytes and {len(labels)} labels for {len(data)} images")
-    return _Part(data.reshape(-1, 3, side, side), np.asarray(labels, np.int64))
+    return _Part(data.reshape(-1, 3, side, side), labels.astype(np.int64))

@@ -11,21 +11,26 @@ import io
 import lzma
 import os
 import posixpath
-import shutil
+import re
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Self, cast
 
-from diffdistill.data.contract import DataError, check_expansion
+from diffdistill.data.contract import DataError, check_expansion, reading
 from diffdistill.data.paths import existing
+from diffdistill.data.zips import open_zip, read_entry
 
 MEMORY_LIMIT = 512 * 2**20
+
+_LONGEST_NAME, _MOST_FOLDERS = 4096, 64  # characters of a name in an archive, folders within each other
+_FOLDERS_LIMIT = 2**27  # characters that the names of all folders take
+_BLOCK = 512  # bytes of a tar header
+_HEADER_LIMIT = 2**20  # bytes of a long name or of the properties of one file
+_COMMON_LIMIT = 2**14  # bytes of properties common to all files
 
 _COMPRESSED: dict[bytes, Callable[..., object]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
@@ -58,7 +63,7 @@ def open_container(path: str | Path, unpack_to: Path | None = None) -> Container
     path = existing(path)
     if path.is_dir():
         return _folder(path)
-    with _damage(path):
+    with reading(path):
         with path.open("rb") as file:
             start = file.read(8)
         if zipfile.is_zipfile(path):
@@ -66,34 +71,34 @@ def open_container(path: str | Path, unpack_to: Path | None = None) -> Container
         for magic, opener in _COMPRESSED.items():
             if start.startswith(magic):
                 return _compressed_tar(path, partial(_uncompressed, opener, path), unpack_to)
-        if tarfile.is_tarfile(path):
+        if _is_tar(path):
             return _tar(path, path)
     raise DataError(f"{path} is neither a folder nor a zip file nor a tar file (plain, gz, bz2 or xz)")
 
 
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: permissions, a full disk
-            raise DataError(f"{path} cannot be read or unpacked: {error}") from error
-        raise DataError(f"{path} is truncated, damaged or no archive ({error}); fetch it again") from error
-
-
 def _container(path: Path, sizes: dict[str, int], folders: set[str], opener: Callable[[str], BinaryIO]) -> Container:
+    length = 0
     for name in sizes:
         parent = posixpath.dirname(name)
         while parent and parent not in folders:
             folders.add(parent)
+            length += len(parent)
             parent = posixpath.dirname(parent)
+        if length > _FOLDERS_LIMIT:
+            raise DataError(f"{path} has more folders within folders than memory should hold; pack it flat")
     return Container(path, dict(sorted(sizes.items())), frozenset(folders), opener)
 
 
 def _inside(path: Path, name: str) -> str:
-    """The name of a file of an archive, without slashes around it. DataError where it leads out of the archive."""
+    """The name of a file of an archive, without slashes around it.
+
+    DataError where it leads out of the archive, or is longer or deeper than file systems take.
+    """
+    if len(name) > _LONGEST_NAME or name.count("/") > _MOST_FOLDERS:
+        raise DataError(
+            f"{path} holds a file named {name[:40]!r}... of {len(name)} characters in {name.count('/')} folders; at "
+            f"most {_LONGEST_NAME} and {_MOST_FOLDERS} are read. Pack it with shorter names"
+        )
     inside = posixpath.normpath(name.strip("/"))
     if inside == ".." or inside.startswith("../"):
         raise DataError(f"{path} holds a file named {name!r}, which leads out of it; unpack it by hand if you trust it")
@@ -130,20 +135,14 @@ def _folder(root: Path) -> Container:
 
 
 def _zip(path: Path) -> Container:
-    archive = zipfile.ZipFile(path)  # locks its file by itself: safe from several threads
+    archive = open_zip(path, path)  # locks its file by itself: safe from several threads
     listed = [entry for entry in archive.infolist() if entry.filename]  # one without a name is damage
     entries = {_inside(path, entry.filename): entry for entry in listed if not entry.is_dir()}
     sizes = {name: entry.file_size for name, entry in entries.items()}
     folders = {_inside(path, entry.filename) for entry in listed if entry.is_dir()}
 
     def opener(name: str) -> BinaryIO:
-        entry = entries[name]
-        check_expansion(f"{path / name}", entry.compress_size, entry.file_size)
-        with _damage(path):
-            try:
-                return io.BytesIO(archive.read(entry))
-            except RuntimeError as error:  # a password, or a compression this Python lacks
-                raise DataError(f"{path}: {name} cannot be read ({error})") from error
+        return io.BytesIO(read_entry(archive, entries[name], path / name))
 
     return _container(path, sizes, folders, opener)
 
@@ -153,12 +152,15 @@ def _uncompressed(opener: Callable[..., object], path: Path) -> BinaryIO:
 
 
 def _compressed_tar(path: Path, opener: Callable[[], BinaryIO], unpack_to: Path | None) -> Container:
+    stored = path.stat().st_size
     if unpack_to is not None:
         if not unpack_to.exists():
             part = unpack_to.with_name(unpack_to.name + ".part")
             try:
                 with opener() as file, part.open("wb") as plain:
-                    shutil.copyfileobj(file, plain, 2**20)
+                    while block := file.read(2**20):
+                        plain.write(block)
+                        check_expansion(str(path), stored, plain.tell())
                 part.replace(unpack_to)
             finally:
                 part.unlink(missing_ok=True)  # after a full disk, give the space back
@@ -170,15 +172,71 @@ def _compressed_tar(path: Path, opener: Callable[[], BinaryIO], unpack_to: Path 
             f"{path} is a compressed tar of more than {MEMORY_LIMIT // 2**20} MiB, which has no random access. Run "
             f"--mode=prepare once to turn it into ArrayRecord, or unpack it"
         )
+    check_expansion(str(path), stored, len(content))
     return _tar(path, content)
+
+
+class _Member(tarfile.TarInfo):
+    """A header of a tar file, looked at before tarfile believes it: its sizes may be negative, huge or endless."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        file = cast(BinaryIO, archive.fileobj)
+        begin = file.tell()
+        header = file.read(_BLOCK)
+        kind = header[156:157]
+        try:
+            size = tarfile.nti(header[124:136]) if len(header) == _BLOCK else 0  # pyright: ignore
+        except tarfile.HeaderError:  # pyright: ignore[reportAttributeAccessIssue]
+            size = 0  # tarfile says what is wrong
+        limit = _HEADER_LIMIT
+        if kind == tarfile.XGLTYPE:  # tarfile copies what is common to all files for each of them
+            limit = _COMMON_LIMIT - sum(len(name) + len(value) for name, value in archive.pax_headers.items())
+        if size < 0 or (kind in _EXTENDED and size > limit):
+            raise DataError(
+                f"{archive.name}: the header at byte {begin} says that {size} bytes follow, which no tar does; it is "
+                "damaged: fetch it again"
+            )
+        # Python before 3.11.10 takes a minute for each such header (CVE-2024-6232).
+        if kind in _EXTENDED and re.search(rb"\d{100}", file.read(size)):
+            raise DataError(f"{archive.name} holds damaged properties of a file at byte {begin}; fetch it again")
+        file.seek(begin)
+        return super().fromtarfile(archive)
+
+    def _proc_gnusparse_10(self, _next: object, _headers: object, archive: tarfile.TarFile) -> None:
+        raise DataError(  # before tarfile reads a list of holes that may be as long as the file
+            f"{archive.name} holds a file with holes; pack it again without --sparse"
+        )
+
+
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        tarfile.open(path, "r:", tarinfo=_Member).close()
+    except tarfile.ReadError:
+        return False
+    return True
 
 
 def _tar(path: Path, plain: Path | bytes) -> Container:
     places: dict[str, tuple[int, int]] = {}
     folders: set[str] = set()
     links: dict[str, str] = {}
-    with tarfile.open(fileobj=io.BytesIO(plain)) if isinstance(plain, bytes) else tarfile.open(plain, "r:") as archive:
+    named, file = (path, io.BytesIO(plain)) if isinstance(plain, bytes) else (plain, None)
+    with tarfile.open(named, "r:", file, tarinfo=_Member) as archive:  # "r:": what is unpacked is not unpacked again
+        position = -1
         while (member := archive.next()) is not None:
+            if member.size < 0 or archive.offset <= position:  # CVE-2025-8194
+                raise DataError(f"{path} leads back to its own byte {archive.offset}: damaged; fetch it again")
+            position = archive.offset
             name = _inside(path, member.name)
             if member.isreg() and not member.issparse():
                 places[name] = (member.offset_data, member.size)

@@ -6,7 +6,8 @@ what was found, what was expected and what to do.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -18,6 +19,22 @@ UINT8 = np.dtype(np.uint8)
 
 class DataError(ValueError):
     """The data cannot be used as asked; the message is meant for the person who started the program."""
+
+
+@contextmanager
+def reading(title: object) -> Iterator[None]:
+    """Makes one DataError that names the file out of whatever a damaged or hostile one raises inside."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # readers raise nearly anything: MemoryError, RecursionError, UnicodeDecodeError, ...
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: permissions, a full disk
+            raise DataError(f"{title} cannot be read or unpacked: {error}") from error
+        reason = str(error).strip()[:200] or type(error).__name__
+        raise DataError(
+            f"{title} is truncated, damaged or of another kind ({reason}); fetch or make it again"
+        ) from error
 
 
 def check_expansion(title: str, stored: int, size: int) -> None:
@@ -102,8 +119,8 @@ def array_source(name: str, images: NDArray[Any], labels: NDArray[np.integer], c
         raise DataError(f"{name}: images must be (N, H, W, C) uint8, found {images.shape} {images.dtype}")
     if labels.shape != images.shape[:1]:
         raise DataError(f"{name}: {len(images)} images but labels of shape {labels.shape}; give one label per image")
-    if len(images) == 0:
-        raise DataError(f"{name}: no images; give at least one")
+    if images.size == 0:
+        raise DataError(f"{name}: no images, or images without pixels {images.shape}; give at least one")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise DataError(
             f"{name}: labels run from {labels.min()} to {labels.max()}, expected 0..{len(class_names) - 1} "

@@ -6,7 +6,6 @@ network sees is (latents - shift) * scale, such that it varies about as much as 
 publishes scale 0.18215 for its own.
 """
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source, array_source, check_expansion
+from diffdistill.data.contract import DataError, Source, array_source, reading
 from diffdistill.data.paths import existing
+from diffdistill.data.zips import check_entry, open_zip
 
 MEMBER = "latents"
 _MOST_CLASSES = 100_000
@@ -24,9 +24,9 @@ _MOST_CLASSES = 100_000
 def holds_latents(path: Path) -> bool:
     """Whether a path is an .npz file with an array of latents."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path, path) as archive:
             return f"{MEMBER}.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+    except DataError:
         return False
 
 
@@ -47,16 +47,11 @@ def open_latents(path: str | Path, split: str, image_size: int | None, channels:
         raise DataError("latents cannot be resized or converted; set config.data.image_size and channels to 0")
     if not holds_latents(path):
         raise DataError(f"{path} is no .npz file with an array named {MEMBER!r} (N, H, W, C); make one with np.savez")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                check_expansion(f"{path}: {entry.filename}", entry.compress_size, entry.file_size)
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in file.files if name in (MEMBER, "labels", "class_names")}
-    except DataError:
-        raise
-    except Exception as error:  # a damaged zip raises nearly anything
-        raise DataError(f"{path} is damaged or holds objects ({error}); fetch or make it again") from error
+    with open_zip(path, path) as archive:
+        for entry in archive.infolist():
+            check_entry(archive, entry, f"{path}: {entry.filename}")
+    with reading(path), np.load(path, allow_pickle=False) as file:
+        arrays = {name: np.asarray(file[name]) for name in file.files if name in (MEMBER, "labels", "class_names")}
     latents = arrays[MEMBER]
     if latents.ndim != 4 or latents.dtype not in (np.float16, np.float32):
         raise DataError(
@@ -69,8 +64,10 @@ def open_latents(path: str | Path, split: str, image_size: int | None, channels:
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{path}: labels must be whole numbers, found {labels.dtype}")
     names = arrays.get("class_names")
-    if names is not None and names.ndim != 1:
-        raise DataError(f"{path}: class_names must be a list of names, found shape {names.shape}")
+    if names is not None and (names.ndim != 1 or names.dtype.kind not in "US" or len(names) > _MOST_CLASSES):
+        raise DataError(
+            f"{path}: class_names must be a list of at most {_MOST_CLASSES} names, found {names.dtype} {names.shape}"
+        )
     if names is None and labels.max(initial=0) >= _MOST_CLASSES:
         raise DataError(f"{path}: label {labels.max()} would make as many classes; give class_names, or smaller labels")
     if names is None:

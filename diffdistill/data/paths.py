@@ -13,7 +13,10 @@ def existing(path: str | Path) -> Path:
     """
     if remote.is_remote(path):
         return remote.local(str(path))
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:  # ~name/folder of someone unknown
+        raise DataError(f"{path} begins with the home of a user who is not known here; give the whole path") from error
     try:
         if path.exists():
             return path

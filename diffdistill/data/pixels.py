@@ -9,7 +9,9 @@
 """
 
 import hashlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import BinaryIO
 
@@ -21,6 +23,9 @@ from diffdistill.data.contract import DataError, Source
 from diffdistill.data.parallel import for_each
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MOST_PIXELS = 2**26  # of one picture, and of all that are decoded at once: up to 12 bytes each, below 1 GiB
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # Pillow has others, one of which starts Ghostscript
 
 _GREY = ("1", "L", "LA", "La")
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
@@ -29,9 +34,11 @@ _COLOUR = ("P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
 def _opened(file: BinaryIO, title: str) -> Image.Image:
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise DataError(f"{title} is no image, or its beginning is damaged; replace or remove the file") from error
+        raise DataError(
+            f"{title} is no image ({', '.join(_FORMATS)}), or its beginning is damaged; replace or remove the file"
+        ) from error
     except Exception as error:  # decoders raise a dozen types on damaged files
         raise DataError(f"{title} is not a readable image ({error}); replace or remove the file") from error
     if image.mode not in (*_GREY, *_ALPHA, *_COLOUR):
@@ -39,7 +46,34 @@ def _opened(file: BinaryIO, title: str) -> Image.Image:
             f"{title} has pixels of type {image.mode!r}; only 8-bit grey, palette and colour images are read. "
             "Convert it to 8 bits per channel"
         )
+    if image.width * image.height > MOST_PIXELS:
+        raise DataError(
+            f"{title} has {image.width}x{image.height} pixels; at most {MOST_PIXELS} are read. Make it smaller, or "
+            "remove the file"
+        )
     return image
+
+
+# Blocks over 32 MiB go back to the system at once; of 16 MiB, the default, they stay with the thread that freed them.
+Image.core.set_block_size(2**26)
+
+_changed = threading.Condition()
+_pixels = 0  # of the pictures that are being decoded
+
+
+@contextmanager
+def _room(pixels: int) -> Iterator[None]:
+    """Waits until so many more pixels can be decoded."""
+    global _pixels
+    with _changed:
+        _changed.wait_for(lambda: _pixels + pixels <= MOST_PIXELS)
+        _pixels += pixels
+    try:
+        yield
+    finally:
+        with _changed:
+            _pixels -= pixels
+            _changed.notify_all()
 
 
 def look(file: BinaryIO, title: str) -> tuple[int, int, int]:
@@ -52,22 +86,24 @@ def decode(file: BinaryIO, title: str, image_size: int | None, channels: int | N
     """Returns the image (H, W, C) uint8, by the rules at the top of this file.
 
     Raises:
-      DataError: not an image, truncated or of an unsupported type; the message names `title`.
+      DataError: not an image, truncated, too large or of an unsupported type; the message names `title`.
     """
     image = _opened(file, title)
     grey = image.mode in _GREY
-    try:
-        image.load()
-        if image.mode in _ALPHA or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image).convert("RGB")
-        elif image.mode not in (*_GREY, "RGB"):
-            image = image.convert("RGB")
-    except Exception as error:
-        raise DataError(f"{title} is damaged or truncated ({error}); replace or remove the file") from error
-    channels = (1 if grey else 3) if channels is None else channels
-    return _fitted(image.convert("L" if channels == 1 else "RGB"), image_size)
+    wanted = "L" if (channels or (1 if grey else 3)) == 1 else "RGB"
+    with _room(image.width * image.height):
+        try:
+            image.load()
+            if image.mode in _ALPHA or "transparency" in image.info:
+                if image.mode != "RGBA":
+                    image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+                image = image.convert("RGB")
+            elif image.mode not in (*_GREY, "RGB"):
+                image = image.convert("RGB")
+        except Exception as error:
+            raise DataError(f"{title} is damaged or truncated ({error}); replace or remove the file") from error
+        return _fitted(image if image.mode == wanted else image.convert(wanted), image_size)
 
 
 def fit(image: NDArray[np.uint8], image_size: int | None, channels: int | None) -> NDArray[np.uint8]:

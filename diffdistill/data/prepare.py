@@ -27,7 +27,7 @@ from diffdistill.data.latents import holds_latents, open_latents
 from diffdistill.data.paths import existing
 from diffdistill.data.pipeline import gather
 from diffdistill.data.pixels import fitted
-from diffdistill.data.records import METADATA, Metadata, open_records, publish, read_metadata, write_shard
+from diffdistill.data.records import METADATA, MOST_SHARDS, Metadata, open_records, publish, read_metadata, write_shard
 from diffdistill.data.remote import is_remote
 
 SHARD_BYTES = 64 * 2**20
@@ -35,7 +35,6 @@ SHARD_BYTES = 64 * 2**20
 _PLAN = "unfinished.json"
 _UNPACKED = "unpacked.tar"
 _BLOCK = 1024  # images decoded together
-_MOST_SHARDS = 512  # a reader keeps every shard open, and systems allow about a thousand open files
 
 
 def prepare(
@@ -67,7 +66,11 @@ def prepare(
         raise DataError(
             f"destination {destination} is an address; give a folder, or mount the bucket and give its path"
         )
-    path, destination = existing(path), Path(destination).expanduser()
+    path = existing(path)
+    try:
+        destination = Path(destination).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"destination {destination} begins with the home of an unknown user; give a path") from error
     if path.is_dir() and destination.resolve().is_relative_to(path.resolve()):
         raise DataError(f"destination {destination} lies inside {path}, which is to be read; choose another place")
     with _writing(destination):
@@ -99,7 +102,7 @@ def _write_split(
         count=len(source),
         image_shape=source.image_shape,
         class_names=source.class_names,
-        records_per_shard=max(1, shard_bytes * len(source) // source.num_bytes, -(-len(source) // _MOST_SHARDS)),
+        records_per_shard=max(1, shard_bytes * len(source) // source.num_bytes, -(-len(source) // MOST_SHARDS)),
         fingerprint=source.fingerprint(),
         dtype=source.dtype.name,
     )

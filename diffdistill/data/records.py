@@ -10,6 +10,7 @@ stays a copy. metadata.json is written last, so its presence means that the spli
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffdistill.data.contract import DataError, Source
+from diffdistill.data.contract import DataError, Source, reading
 from diffdistill.data.paths import existing
 from diffdistill.data.pixels import fitted
 
 FORMAT, VERSION = "diffdistill-images", 1
 METADATA = "metadata.json"
+MOST_SHARDS = 512  # a reader keeps every shard open, and systems allow about a thousand open files
 _LABEL_BYTES = 4
+_RECORD_LIMIT = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Metadata:
     @property
     def num_shards(self) -> int:
         return -(-self.count // self.records_per_shard)
+
+    @property
+    def record_bytes(self) -> int:
+        """What one example takes: the label and the image."""
+        return _LABEL_BYTES + math.prod(self.image_shape) * np.dtype(self.dtype).itemsize
 
     def shard(self, number: int) -> str:
         """Returns the file name of a shard."""
@@ -67,15 +75,34 @@ def read_metadata(file: Path) -> Metadata:
         if kind == FORMAT and version == VERSION:
             stored["image_shape"] = tuple(stored["image_shape"])
             stored["class_names"] = tuple(stored["class_names"])
-            if stored.get("dtype", "uint8") not in ("uint8", "float32"):
-                raise ValueError(f"dtype {stored['dtype']!r}")
-            return Metadata(**stored)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{file} is not readable metadata ({error}); run --mode=prepare again") from error
+            metadata = Metadata(**stored)
+            _check(metadata)
+            return metadata
+    except Exception as error:  # RecursionError for one
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DataError(f"{file} is not readable metadata ({reason}); run --mode=prepare again") from error
     raise DataError(
         f"{file} says format {kind!r} version {version!r}; this version of diffdistill reads {FORMAT!r} version "
         f"{VERSION}. Run --mode=prepare again"
     )
+
+
+def _check(metadata: Metadata) -> None:
+    """Raises ValueError for what `prepare` never writes."""
+    shape = metadata.image_shape
+    if not all(isinstance(text, str) for text in (metadata.name, metadata.split, metadata.fingerprint)):
+        raise ValueError("name, split and fingerprint must be text")
+    if not metadata.class_names or not all(isinstance(name, str) for name in metadata.class_names):
+        raise ValueError("class_names must be a list of names")
+    if metadata.dtype not in ("uint8", "float32"):
+        raise ValueError(f"dtype {metadata.dtype!r}, expected uint8 or float32")
+    for number in (metadata.count, metadata.records_per_shard, *shape):
+        if type(number) is not int or not 0 < number < 2**31:
+            raise ValueError(f"{number!r} where a positive whole number was expected")
+    if len(shape) != 3 or metadata.record_bytes > _RECORD_LIMIT:
+        raise ValueError(f"image_shape {shape}, expected (H, W, C) of at most {_RECORD_LIMIT} bytes")
+    if metadata.num_shards > MOST_SHARDS:
+        raise ValueError(f"{metadata.num_shards} shards, at most {MOST_SHARDS} are made")
 
 
 def write_shard(file: Path, images: Iterable[tuple[NDArray[Any], int]]) -> None:
@@ -116,6 +143,7 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
     """
     from array_record.python import array_record_data_source
 
+    reader_of = import_module("array_record.python.array_record_module").ArrayRecordReader
     folder = existing(path)
     file = folder / split / METADATA
     if not file.exists():
@@ -128,19 +156,35 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
     missing = [shard for shard in shards if not shard.exists()]
     if missing:
         raise DataError(f"{missing[0]} is missing; delete {file} and run --mode=prepare again to restore it")
-    try:
+    for shard in shards:
+        with reading(f"{shard}, a damaged shard,"):
+            reader = reader_of(str(shard))
+            options = reader.writer_options_string()
+            reader.close()
+        if "uncompressed" not in options:  # a small record may unpack to anything
+            raise DataError(f"{shard} is compressed ({options[:100]}), which prepare never does; prepare it again")
+    with reading(f"{folder / split}, of which a shard is damaged,"):
         records = array_record_data_source.ArrayRecordDataSource([str(shard) for shard in shards])
-    except Exception as error:
-        raise DataError(f"{folder / split} holds a damaged shard ({error}); prepare it again") from error
     if len(records) != metadata.count:
         raise DataError(f"{folder / split} holds {len(records)} images, {file} says {metadata.count}; prepare it again")
     shape, dtype = metadata.image_shape, np.dtype(metadata.dtype)
 
     def stored(indices: list[int]) -> Sequence[bytes]:
-        try:
-            return records.__getitems__(indices) if len(indices) > 1 else [records[indices[0]]]
-        except RuntimeError as error:
-            raise DataError(f"{folder / split} holds a damaged shard ({error}); prepare it again") from error
+        with reading(f"{folder / split}, of which a shard is damaged,"):
+            found = records.__getitems__(indices) if len(indices) > 1 else [records[indices[0]]]
+        for index, record in zip(indices, found, strict=True):
+            if len(record) != metadata.record_bytes:
+                raise DataError(
+                    f"{folder / split}: record {index} has {len(record)} bytes, expected {metadata.record_bytes}; "
+                    "prepare it again"
+                )
+            label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
+            if not 0 <= label < len(metadata.class_names):
+                raise DataError(
+                    f"{folder / split}: record {index} has label {label}, expected "
+                    f"0..{len(metadata.class_names) - 1}; prepare it again"
+                )
+        return found
 
     def read(index: int) -> tuple[NDArray[Any], int]:
         (record,) = stored([index])

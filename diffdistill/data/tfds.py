@@ -7,15 +7,30 @@ import hashlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffdistill.data.contract import DataError, Source
+from diffdistill.data.contract import DataError, Source, reading
 from diffdistill.data.paths import existing
 from diffdistill.data.pixels import encoded_source
 from diffdistill.data.remote import is_remote
 
 _WITHOUT_CLASSES = ("all",)
+_MOST_CLASSES = 100_000
+_DESCRIPTION = "features.json"
+_FEATURES = "tensorflow_datasets.core.features"
+_KNOWN = {
+    f"{_FEATURES}.{module}.{name}"
+    for module, name in (
+        ("class_label_feature", "ClassLabel"),
+        ("features_dict", "FeaturesDict"),
+        ("image_feature", "Image"),
+        ("scalar", "Scalar"),
+        ("tensor_feature", "Tensor"),
+        ("text_feature", "Text"),
+    )
+}
 
 
 def open_tfds(path: str, split: str, image_size: int | None, channels: int | None) -> Source:
@@ -34,11 +49,14 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
 
     folder = existing(path) if is_remote(path) else Path(path).expanduser()
     data_dir = os.environ.get("TFDS_DATA_DIR")  # TFDS itself looks at it only while it is imported
-    if (folder / "dataset_info.json").exists():
+    prepared = (folder / "dataset_info.json").exists()
+    for file in [folder / _DESCRIPTION] if prepared else _descriptions(path, data_dir):
+        _check_description(file, path)
+    if prepared:
         builder = _tried(lambda: tfds.builder_from_directory(folder), path)
     else:
         builder = _tried(lambda: tfds.builder(path, data_dir=data_dir, file_format="array_record", try_gcs=False), path)
-    features = dict(builder.info.features or {})
+    features = _tried(lambda: dict(builder.info.features or {}), path)
     if "image" not in features:
         raise DataError(f"TFDS dataset {path} has no feature named 'image', only {', '.join(features) or 'none'}")
     if not builder.info.splits:
@@ -47,10 +65,11 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
         raise DataError(f"TFDS dataset {path} has no split {split!r}; it has {', '.join(builder.info.splits)}")
     undecoded = {"image": tfds.decode.SkipDecoding()}
     examples: Any = _tried(lambda: builder.as_data_source(split=split, decoders=undecoded), path)
+    length = _tried(lambda: len(examples), path)
     labelled = isinstance(features.get("label"), tfds.features.ClassLabel)
-    class_names = tuple(features["label"].names) if labelled else _WITHOUT_CLASSES
+    class_names = _tried(lambda: tuple(features["label"].names), path) if labelled else _WITHOUT_CLASSES
     name = f"{builder.info.full_name}:{split}"
-    facts = [name, len(examples), [builder.info.splits[s].shard_lengths for s in sorted(builder.info.splits)]]
+    facts = [name, length, [builder.info.splits[s].shard_lengths for s in sorted(builder.info.splits)]]
 
     def digest() -> str:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -61,17 +80,20 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
             raise DataError(f"{name} has an image of label {label}: this split is not labelled; choose another one")
         return label
 
-    if len(examples) == 0:
+    if length == 0:
         raise DataError(f"TFDS dataset {path} has no examples in {split!r}")
 
     def fetch(index: int) -> tuple[BinaryIO, int]:
-        example = examples[index]
-        return io.BytesIO(example["image"]), label_of(example)
+        def found() -> tuple[BinaryIO, int]:
+            example = examples[index]
+            return io.BytesIO(example["image"]), label_of(example)
+
+        return _tried(found, path)
 
     return encoded_source(
         name=name,
         class_names=class_names,
-        length=len(examples),
+        length=length,
         fetch=fetch,
         title=lambda index: f"image {index} of {name}",
         digest=digest,
@@ -80,12 +102,55 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
     )
 
 
+def _descriptions(name: str, data_dir: str | None) -> list[Path]:
+    """The descriptions that TFDS may read for a name such as "my_set/config:1.0.0"."""
+    root = Path(data_dir or "~/tensorflow_datasets").expanduser()
+    wanted = re.split("[/:]", name)[0].replace("_", "").lower()  # MySet is my_set
+    folders = root.iterdir() if root.is_dir() else ()
+    return [file for folder in folders if folder.name.replace("_", "") == wanted for file in folder.rglob(_DESCRIPTION)]
+
+
+def _check_description(file: Path, path: str) -> None:
+    """Refuses a features.json that names anything but the features of `_KNOWN`: TFDS imports whatever is named there.
+
+    Raises DataError.
+    """
+    if not file.exists():
+        return
+    with reading(file):
+        waiting = [json.loads(file.read_text())]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, list):
+                waiting.extend(value)
+            if not isinstance(value, dict):
+                continue
+            for key, content in value.items():
+                if isinstance(content, dict | list):
+                    waiting.append(content)
+                elif key in ("type", "pythonClassName", "python_class_name") and content not in _KNOWN:
+                    raise DataError(
+                        f"{file} of TFDS dataset {path} has a feature {str(content)[:200]!r}; read are "
+                        f"{', '.join(sorted(name.rpartition('.')[2] for name in _KNOWN))}. Prepare a set of these alone"
+                    )
+                elif key in ("content", "json") and isinstance(content, str):  # a description within the description
+                    waiting.append(json.loads(content or "{}"))
+                elif key in ("num_classes", "numClasses") and not 0 <= float(content or 0) <= _MOST_CLASSES:
+                    raise DataError(f"{file} says {str(content)[:40]} classes; at most {_MOST_CLASSES} are read")
+                elif key in ("names_file", "namesFile"):
+                    raise DataError(f"{file} takes names from another file, {str(content)[:200]!r}; that is not read")
+
+
 def _tried(action: Any, path: str) -> Any:
     try:
         return action()
-    except Exception as error:  # TFDS raises a dozen types, some with its whole catalogue as the message
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:  # a dozen types, some with TFDS's whole catalogue as the message
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise DataError(f"TFDS dataset {path} cannot be opened ({reason[:300]}). {_how_to_prepare(path)}") from error
+        raise DataError(
+            f"TFDS dataset {path} cannot be opened or read ({reason[:300]}). {_how_to_prepare(path)}"
+        ) from error
 
 
 def _how_to_prepare(path: str) -> str:

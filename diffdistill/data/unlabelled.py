@@ -22,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffdistill.data.containers import Container, open_container
-from diffdistill.data.contract import DataError, Source
+from diffdistill.data.contract import DataError, Source, reading
 from diffdistill.data.images import is_picture
 from diffdistill.data.paths import existing
-from diffdistill.data.pixels import SUFFIXES, encoded_source, fit, listing_digest
+from diffdistill.data.pixels import MOST_PIXELS, SUFFIXES, encoded_source, fit, listing_digest
+from diffdistill.data.zips import check_entry, open_zip
 
 _CLASSES = ("all",)
 _MEMBERS = ("images", "arr_0")
@@ -102,7 +103,7 @@ def _pictures(container: Container, image_size: int | None, channels: int | None
 
 def _member(path: Path, image_size: int | None, channels: int | None) -> Source:
     """The images of an .npz file."""
-    archive = zipfile.ZipFile(path)
+    archive = open_zip(path, path)
     members = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
     name = next((name for name in _MEMBERS if name in members), None)
     if name is None:
@@ -112,6 +113,7 @@ def _member(path: Path, image_size: int | None, channels: int | None) -> Source:
             f"expected{advice}"
         )
     entry = members[name]
+    check_entry(archive, entry, f"{path}: {entry.filename}")
 
     def digest() -> str:  # checksums of the whole content, without reading it
         return hashlib.sha256(f"{entry.CRC} {entry.file_size}".encode()).hexdigest()
@@ -133,13 +135,11 @@ def _array(
     channels: int | None,
 ) -> Source:
     """The images of an array in NumPy's format; the file stays open as long as the process."""
-    try:
+    with reading(path):
         file = open_file()
         version = np.lib.format.read_magic(file)
         shape, is_fortran, dtype = _HEADERS[version](file)
         begin = file.tell()
-    except Exception as error:  # a damaged zip raises nearly anything
-        raise DataError(f"{path} is damaged or no array of numbers ({error}); fetch or make it again") from error
     _check_array(path, shape, dtype, is_fortran)
     row_shape = shape[1:]
     row_bytes = math.prod(row_shape)
@@ -191,6 +191,8 @@ def _check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype, is_fortran
         moved = len(shape) == 4 and shape[1] in (1, 3)
         advice = "Move the channels to the end" if moved else "Save them in this shape"
         raise DataError(f"{path} holds an array {shape}; images are expected as (N, H, W, 1 or 3). {advice}")
+    if shape[1] * shape[2] > MOST_PIXELS:
+        raise DataError(f"{path} holds images of {shape[2]}x{shape[1]} pixels; at most {MOST_PIXELS} are read")
     if is_fortran:
         raise DataError(f"{path} is stored column by column; save np.ascontiguousarray of its images")
     if shape[0] < 2:

@@ -127,3 +127,39 @@ def test_contents_that_are_no_batch(tmp_path):
     refused("has no 'data'", {**good, "data": good["data"].astype(np.float32)})
     refused("2 images", {**good, "labels": [1]})
     refused(r"holds labels 3\.\.10, expected 0\.\.9", {**good, "labels": [3, 10]})
+
+
+def test_names_and_labels_of_other_types(tmp_path):
+    batches = cifar(tmp_path / "cifar", 4)
+    good = batches["test_batch"]
+
+    def refused(message: str, name: str, content: bytes) -> None:
+        (tmp_path / "cifar" / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            archive_splits(open_container(tmp_path / "cifar"))["test"]()
+
+    for labels in (["x", "y"], 5, [10**30, 1], np.zeros((2, 2), int), [[1], [1, 2]], None):
+        refused("labels", "test_batch", pickle.dumps({**good, "labels": labels}))
+    refused("no 'data'", "test_batch", pickle.dumps({**good, "data": np.zeros((0, 3072), np.uint8)}))
+    for names in (5, [5], None):
+        refused("has no list of 'label_names'", "batches.meta", pickle.dumps({"label_names": names}))
+    refused("batches.meta is truncated, damaged", "batches.meta", pickle.dumps({"label_names": [b"\xff"]}))
+    (tmp_path / "cifar/batches.meta").unlink()
+    for name in batches:
+        (tmp_path / "cifar" / f"{name}.bin").write_bytes(bytes(3073))
+        (tmp_path / "cifar" / name).unlink()
+    refused("batches.meta.txt is truncated, damaged", "batches.meta.txt", b"\xff\n")
+
+
+def test_a_bomb_in_an_archive_in_an_archive(tmp_path):
+    inner, file = tmp_path / "val_data.npz", tmp_path / "imagenet.zip"
+    with (
+        zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("data.npy", "w", force_zip64=True) as member,
+    ):
+        for _ in range(270):
+            member.write(bytes(10**6))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.write(inner, "val_data.npz")
+    with pytest.raises(DataError, match=r"val_data.npz: data.npy would unpack"):
+        archive_splits(open_container(file))["val"]()

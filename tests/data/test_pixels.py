@@ -1,12 +1,14 @@
 """One rule turns every kind of picture into uint8 (H, W, C)."""
 
 import io
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffdistill.data import DataError, array_source, in_memory
+from diffdistill.data import DataError, array_source, in_memory, pixels
+from diffdistill.data.parallel import for_each
 from diffdistill.data.pixels import decode, fit, fitted, look
 
 
@@ -104,3 +106,37 @@ def test_fitted_sources():
     odd = array_source("odd", np.zeros((1, 4, 4, 2), np.uint8), np.array([0]), ("a",))
     with pytest.raises(DataError, match="2 channels"):
         fitted(odd, 2, None)
+
+
+def test_only_the_formats_of_the_suffixes_are_opened():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 6\n%%EndComments\nshowpage\n%%EOF\n"
+    for content in (postscript, stored(Image.new("RGB", (6, 6)), "EPS").getvalue()):
+        with pytest.raises(DataError, match=r"0.png is no image \(PNG, JPEG"):
+            look(io.BytesIO(content), "0.png")
+    for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM"):
+        assert look(stored(Image.new("RGB", (6, 5)), kind), "picture") == (5, 6, 3)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pictures_of_too_many_pixels_are_refused():
+    huge = io.BytesIO(b"P6 13000 13000 255\n")
+    for use in (lambda: look(huge, "0.png"), lambda: decode(huge, "0.png", 8, 3)):
+        huge.seek(0)
+        with pytest.raises(DataError, match=r"0.png has 13000x13000 pixels; at most"):
+            use()
+
+
+def test_large_pictures_are_decoded_one_after_the_other(monkeypatch):
+    monkeypatch.setattr(pixels, "MOST_PIXELS", 36)
+    seen = []
+    fitted_as_ever = pixels._fitted
+
+    def watched(image, image_size):
+        seen.append(pixels._pixels)
+        time.sleep(0.01)
+        return fitted_as_ever(image, image_size)
+
+    monkeypatch.setattr(pixels, "_fitted", watched)
+    for_each(lambda _: np.testing.assert_array_equal(decoded(Image.fromarray(COLOUR)), COLOUR), 8)
+    assert seen == [36] * 8
+    assert pixels._pixels == 0

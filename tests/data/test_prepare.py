@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffdistill.data import Batches, DataError, gather, in_memory, open_source
+from diffdistill.data import Batches, DataError, gather, in_memory, open_source, records
 from diffdistill.data.prepare import prepare
 
 SHARD = 4 * 52  # four examples of 4 * 4 * 3 + 4 bytes, so that a small set has several shards
@@ -191,3 +192,67 @@ def test_rows_survive_any_order(folder, tmp_path):
     for row, number in enumerate(order):
         np.testing.assert_array_equal(rows["image"][row], prepared[number]["image"])
         assert rows["label"][row] == prepared[number]["label"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"records_per_shard": 0},
+        {"count": 10**12, "records_per_shard": 1},
+        {"count": 100_000, "records_per_shard": 1},
+        {"count": "10"},
+        {"count": True},
+        {"count": -1},
+        {"image_shape": [4, 12]},
+        {"image_shape": "abc"},
+        {"image_shape": [100_000, 100_000, 3]},
+        {"image_shape": [4, 4, -3]},
+        {"dtype": []},
+        {"class_names": []},
+        {"class_names": [1]},
+        {"name": 5},
+        {"more": 5},
+    ],
+)
+def test_metadata_out_of_range(folder, tmp_path, changes):
+    file = tmp_path / "metadata.json"
+    good = {"format": "diffdistill-images", "version": 1, "name": "x", "split": "train", "count": 10}
+    good |= {"image_shape": [4, 4, 3], "class_names": ["a"], "records_per_shard": 4, "fingerprint": "f"}
+    file.write_text(json.dumps(good))
+    assert records.read_metadata(file).num_shards == 3
+    file.write_text(json.dumps({**good, **changes}))
+    with pytest.raises(DataError, match="is not readable metadata"):
+        records.read_metadata(file)
+    for content in (b"[" * 100_000, b"\xff{}", b"[]"):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="is not readable metadata"):
+            records.read_metadata(file)
+
+
+def test_records_that_prepare_never_writes(folder, tmp_path):
+    out = tmp_path / "out"
+    prepare(folder, out)
+    (shard,) = (out / "test").glob("*.array_record")
+    writer_of = import_module("array_record.python.array_record_module").ArrayRecordWriter
+
+    def refused(message: str, *content: bytes, options: str = "group_size:1,uncompressed") -> None:
+        writer = writer_of(str(shard), options)
+        for record in content:
+            writer.write(record)
+        writer.close()
+        with pytest.raises(DataError, match=message):
+            gather(open_source(source="array_record", path=out, split="test"), [0, 1])
+        with pytest.raises(DataError, match=message):
+            open_source(source="array_record", path=out, split="test")[1]
+
+    good = bytes(4 + 48)
+    refused("record 1 has 1 bytes, expected 52", good, b"x")
+    refused(r"record 1 has label 1000000000, expected 0\.\.1", good, (10**9).to_bytes(4, "little") + bytes(48))
+    refused(r"record 1 has label -1, expected", good, b"\xff" * 52)
+    refused("is compressed .*zstd", good, good, options="group_size:1,zstd:3")
+
+
+def test_the_home_of_nobody(folder, tmp_path):
+    for source, destination in (("~nosuch/x", tmp_path / "out"), (folder, "~nosuch/x")):
+        with pytest.raises(DataError, match=r"~nosuch/x begins with the home"):
+            prepare(source, destination)

@@ -1,6 +1,7 @@
 """TensorFlow Datasets in ArrayRecord form, written and read without TensorFlow."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -73,5 +74,63 @@ def test_names_are_looked_up_in_the_folder_of_tfds(prepared, monkeypatch, tmp_pa
 def test_what_is_missing_is_said(prepared):
     with pytest.raises(DataError, match="no split 'val'; it has"):
         open_source(source="tfds", path=prepared, split="val")
-    with pytest.raises(DataError, match=r"no_such_thing cannot be opened.*Prepare it once"):
+    with pytest.raises(DataError, match=r"no_such_thing cannot be opened or read.*Prepare it once"):
         open_source(source="tfds", path="no_such_thing")
+
+
+def described(folder: Path, image: object, label: object = None) -> str:
+    """A folder as TFDS prepares it, without data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = {"image": image} | ({} if label is None else {"label": label})
+    written = {"pythonClassName": f"{FEATURES}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
+    (folder / "features.json").write_text(json.dumps(written))
+    split = {"name": "train", "shardLengths": ["2"], "numBytes": "10"}
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {"name": "mine", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return str(folder)
+
+
+FEATURES = "tensorflow_datasets.core.features"
+IMAGE = {"pythonClassName": f"{FEATURES}.image_feature.Image", "image": {"dtype": "uint8", "encodingFormat": "png"}}
+CLASSES = f"{FEATURES}.class_label_feature.ClassLabel"
+STRANGE = {
+    "new": {"pythonClassName": "payload.Image", "json": {"json": "{}"}},
+    "as protobuf names it": {"python_class_name": "payload.Image", "json": {"json": "{}"}},
+    "old": {"type": "payload.Image", "content": {}},
+    "nested": {"type": f"{FEATURES}.features_dict.FeaturesDict", "content": {"x": [{"type": "payload.X"}]}},
+    "as text": {
+        "pythonClassName": f"{FEATURES}.features_dict.FeaturesDict",
+        "json": {"json": json.dumps({"x": {"type": "payload.Image", "content": {}}})},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_no_code_is_imported_for_a_feature(tmp_path, monkeypatch, kind):
+    (tmp_path / "payload.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    folder = described(tmp_path / "mine" / "1.0.0", STRANGE[kind])
+    for path in (folder, "mine", "Mine:1.0.0"):
+        with pytest.raises(DataError, match=r"has a feature 'payload\.\w+'; read are ClassLabel"):
+            open_source(source="tfds", path=path)
+    assert not (tmp_path / "owned").exists()
+    assert "payload" not in sys.modules
+
+
+def test_descriptions_out_of_range(tmp_path):
+    def refused(message: str, *features: object) -> None:
+        with pytest.raises(DataError, match=message):
+            open_source(source="tfds", path=described(tmp_path / "mine", *features))
+
+    refused(
+        "says 10000000000 classes", IMAGE, {"pythonClassName": CLASSES, "classLabel": {"numClasses": "10000000000"}}
+    )
+    refused("takes names from another file", IMAGE, {"type": CLASSES, "content": {"names_file": "/dev/zero"}})
+    refused(
+        "cannot be opened or read .*No such file", IMAGE, {"pythonClassName": CLASSES, "classLabel": {"numClasses": 2}}
+    )
+    (tmp_path / "mine/features.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"features.json is truncated, damaged"):
+        open_source(source="tfds", path=str(tmp_path / "mine"))

@@ -202,3 +202,21 @@ def test_a_damaged_picture_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(DataError, match=r"set/1.png is damaged or truncated"):
         everything(open_unlabelled(tmp_path / "set"))
+
+
+def test_rows_larger_than_any_picture_are_refused(tmp_path):
+    path = tmp_path / "rows.npy"
+    with path.open("wb") as file:
+        facts = {"descr": "|u1", "fortran_order": False, "shape": (2, 10**5, 10**4, 1)}
+        np.lib.format.write_array_header_1_0(file, facts)
+        file.truncate(file.tell() + 2 * 10**9)  # holes: takes no disk
+    refused(path, "images of 10000x100000 pixels")
+    bomb = tmp_path / "bomb.npz"
+    with (
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("images.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, {**facts, "shape": (2, 12_000, 12_000, 1)})
+        for _ in range(288):
+            file.write(bytes(10**6))
+    refused(bomb, "would unpack")
