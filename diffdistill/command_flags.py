@@ -55,7 +55,7 @@ def define_flags() -> None:
         "sampler",
         "",
         "sample: ddim, ancestral, stochastic, respaced, respaced_ddim, euler, heun, churn, ablation or "
-        "one_step (default from the config).",
+        "one_step (default from the config). benchmark: the only sampler to measure (default all).",
     )
     flags.DEFINE_integer(
         "num",
@@ -78,7 +78,8 @@ def define_flags() -> None:
         "",
         "sample: folder for samples.png and samples.npz (default <workdir>/samples). transfer: folder for transfer.png "
         "and transfer.npz (default <workdir>/transfer). statistics: the .npz file. table: folder for Markdown, "
-        "CSV and plots. evaluate --images: folder for results.jsonl. benchmark: file to which records are appended.",
+        "CSV and plots. evaluate --images: folder for results.jsonl. benchmark: file to which "
+        "records are appended as JSON lines (default: they are printed).",
     )
     flags.DEFINE_string(
         "inception_weights", "", "evaluate: file of the Inception network (default $DIFFDISTILL_INCEPTION_WEIGHTS)."
@@ -116,6 +117,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "benchmark: the types to compute in.")
     flags.DEFINE_float("benchmark_seconds", 20.0, "benchmark: seconds of measuring for each record.")
+    flags.DEFINE_list("benchmark_steps", ["1", "4", "18"], "benchmark: numbers of steps that samplers are measured in.")
     flags.DEFINE_integer(
         "traced",
         0,

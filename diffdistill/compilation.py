@@ -23,6 +23,7 @@ _SECONDS = 0.2  # programs that are compiled faster are not kept
 LIMIT = 4 * 2**30  # bytes of programs that are kept
 _EVENTS = {"/jax/compilation_cache/cache_hits": "hits", "/jax/compilation_cache/cache_misses": "misses"}
 _counts: collections.Counter[str] = collections.Counter()
+_listening: list[bool] = []
 _notes: list[IO[str]] = []  # open, and so locked, while this process runs
 
 
@@ -40,7 +41,13 @@ def use_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if LEAST not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
-    jax.monitoring.register_event_listener(_note)
+    _listen()
+
+
+def hits() -> int:
+    """How many programs the cache had, where there is one, since the first call of this function or of `use_cache`."""
+    _listen()
+    return _counts["hits"]
 
 
 def counted() -> str:
@@ -87,6 +94,12 @@ def _is_whole(program: Path) -> bool:
     except zlib.error:
         return False
     return unpacker.eof
+
+
+def _listen() -> None:
+    if not _listening:
+        _listening.append(True)
+        jax.monitoring.register_event_listener(_note)
 
 
 def _note(event: str, **_: object) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from diffdistill.terminal import EXIT_USAGE, fail, say
+from diffdistill.terminal import EXIT_USAGE, STARTED, fail, say
 
 FLAGS = flags.FLAGS
 
@@ -238,12 +239,23 @@ def _benchmark(interrupt: Any) -> None:
         dtypes=FLAGS.dtypes,
         seconds=FLAGS.benchmark_seconds,
         traced=FLAGS.traced,
+        steps=[_number("--benchmark_steps", text) for text in FLAGS.benchmark_steps],
+        sampler=FLAGS.sampler,
     ):  # each is written at once: a program that does not fit must not take the others along
         measured.append(record)
-        if FLAGS.out and is_main():
+        if not FLAGS.out:
+            say(json.dumps(record))
+        elif is_main():
             with open(FLAGS.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
     say("\n" + markdown(measured))
+    say(f"\nThe whole command took {time.monotonic() - STARTED:.0f} s.")
+
+
+def _number(flag: str, text: str) -> int:
+    if not text.strip().isdecimal():
+        fail(f"{flag}: {text!r} is not a whole number.", EXIT_USAGE)
+    return int(text)
 
 
 def _noise_levels(interrupt: Any) -> None:

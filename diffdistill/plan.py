@@ -112,7 +112,7 @@ def _flops(config: Config, method: Any, batch_size: int, facts: DataFacts) -> fl
     key = jax.eval_shape(lambda: jax.random.key(0))
     # A function of its own: the trace of the step that training compiles stays the only one of its kind.
     step = lambda *arguments: method.step(*arguments)  # noqa: E731
-    return _counted(step, state, teacher, batch, key, dict.fromkeys(ARGUMENTS, scalar))
+    return counted(step, state, teacher, batch, key, dict.fromkeys(ARGUMENTS, scalar))
 
 
 def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> float:
@@ -123,7 +123,7 @@ def flops_per_evaluation(config: Config, stage: Stage, facts: DataFacts) -> floa
         return denoiser(params, z, log_snr, _condition(denoiser, stage, z, label, w))
 
     one = jax.ShapeDtypeStruct((1,), jnp.float32)
-    return _counted(
+    return counted(
         evaluate,
         denoiser.shapes(),
         jax.ShapeDtypeStruct((1, *facts.image_shape), jnp.float32),
@@ -138,7 +138,7 @@ def _countable(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention="xla"))
 
 
-def _counted(function: Callable[..., Any], *arguments: Any) -> float:
+def counted(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of a function of abstract arguments, as it would run on a CPU: GPUs do not count."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         analysis = jax.jit(function).lower(*arguments).cost_analysis()

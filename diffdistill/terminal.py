@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import NoReturn
 
 EXIT_FAILED, EXIT_USAGE, EXIT_NOT_FINITE, EXIT_SIGINT, EXIT_SIGTERM = 1, 2, 3, 130, 143
+STARTED = time.monotonic()
+"""When the program began, but for the start of the interpreter."""
 
 
 def say(text: str) -> None:

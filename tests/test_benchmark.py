@@ -1,15 +1,25 @@
 """--mode=benchmark: the rates of the programs that train, sample, read and judge."""
 
 import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import digits
 from diffdistill import benchmarks, chain, plan, samplers
 from diffdistill.benchmarks import device, table, where
 from diffdistill.config import Config, ConfigError, resolve
 from diffdistill.diffusion import schedules
+from diffdistill.training import mesh as meshes
 
+ROOT = Path(__file__).resolve().parents[1]
 FACTS = chain.DataFacts((8, 8, 1), 10)
 
 
@@ -41,18 +51,45 @@ def test_rates_are_those_of_the_updates_and_the_floors_those_of_the_device():
             record["flops_per_second"] / record["matmul_flops_per_second"]
         )
         assert record["share_of_published"] is None  # of a CPU no data sheet is known
-        assert record["floor_by_flops"] == pytest.approx(record["flops"] / record["matmul_flops_per_second"])
-        assert record["floor_by_bytes"] == pytest.approx(record["bytes"] / record["memory_bytes_per_second"])
-        assert record["gap"] == record["seconds"] / max(record["floor_by_flops"], record["floor_by_bytes"])
+        assert record["seconds_of_flops"] == pytest.approx(record["flops"] / record["matmul_flops_per_second"])
+        assert record["seconds_of_bytes"] == pytest.approx(record["bytes"] / record["memory_bytes_per_second"])
+        assert record["gap"] == record["seconds"] / max(record["seconds_of_flops"], record["seconds_of_bytes"])
+        assert record["matmul_flops_per_second"] == pytest.approx(sum(record["rates"]["matmul"]) / 2)
+        assert record["memory_bytes_per_second"] == pytest.approx(sum(record["rates"]["memory"]) / 2)
+        assert record["wall_seconds"] > record["compile_seconds"]
+        assert record["peak_memory"] is None  # CPUs do not say
         assert f"{record['images_per_second']:.4g} images/s" in text
         assert "% of the" in text
         # An update reads the parameters and writes them, with two moments and an average beside them.
         size = 4 * chain.denoiser_of(changed, stage, FACTS).num_parameters()
         assert record["program_memory"] > 4 * size
         assert record["bytes"] > 8 * size
-    shown = table.markdown(records).splitlines()
-    assert len(shown) == 2 + len(records)
-    assert {row.count("|") for row in shown} == {shown[0].count("|")}
+    shown, *rates = table.markdown(records).split("\n\n")
+    assert len(shown.splitlines()) == 2 + len(records)
+    assert {row.count("|") for row in shown.splitlines()} == {shown.splitlines()[0].count("|")}
+    assert [text.split(":")[0] for text in rates] == [f"One device, {dtype}" for dtype in benchmarks.DTYPES]
+
+
+def test_bytes_of_a_batch_in_parts_are_not_known():
+    """The compiler counts the body of a loop once: the FLOPs are counted of the whole batch, the bytes cannot be."""
+    config = settings()
+    whole = next(benchmarks.run(config, print, dtypes=("float32",), seconds=0.0))
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, parts=4))
+    (record,) = benchmarks.run(config, print, dtypes=("float32",), seconds=0.0)
+    assert record["parts"] == 4
+    assert record["flops"] == whole["flops"]
+    assert record["bytes"] is None
+    assert record["seconds_of_bytes"] is None
+    assert record["gap"] == record["seconds"] / record["seconds_of_flops"]
+    assert table.markdown([record])
+
+
+def test_a_peak_of_memory_is_that_of_the_measurement_or_not_told(monkeypatch):
+    monkeypatch.setattr(device, "peak_memory", lambda mesh: 100)
+    assert device.risen(meshes.make_mesh(), 60) == 100
+    assert device.risen(meshes.make_mesh(), 100) is None  # what came before has held as much
+    monkeypatch.setattr(device, "peak_memory", lambda mesh: None)
+    assert device.risen(meshes.make_mesh(), None) is None
 
 
 def test_where_the_time_of_an_update_goes():
@@ -132,11 +169,19 @@ def test_the_teacher_at_other_sizes():
 
 
 def test_every_sampler_that_a_teacher_has_is_measured():
-    records, _ = measured("sampling")
+    records, said = measured("sampling")
     config = settings()
     assert schedules.get(config.process.schedule).num_train_steps is None
     continuous = set(samplers.SAMPLERS) - set(samplers.FIXED_STEPS)
     assert {record["sampler"] for record in records} == continuous
+    left_out = [text for text in said if text.startswith("Left out: ")]
+    assert [text.split(": ")[1] for text in left_out] == [
+        "respaced in 1, 4, 18 steps",
+        "respaced_ddim in 1, 4, 18 steps",
+        "one_step in 4, 18 steps",
+    ]
+    assert "'cosine' has none" in left_out[0]
+    assert all((r["compile_seconds"] is not None) == (r["num_steps"] == 1) for r in records)
     steps = {name: [r["num_steps"] for r in records if r["sampler"] == name] for name in continuous}
     assert steps.pop("one_step") == [1]
     assert set(map(tuple, steps.values())) <= {(1, 4, 18), (4, 18)}
@@ -144,6 +189,12 @@ def test_every_sampler_that_a_teacher_has_is_measured():
     per_image = {(r["sampler"], r["num_steps"]): r["flops"] / r["batch_size"] for r in records}
     assert per_image["ddim", 4] == pytest.approx(4 * evaluation)
     assert per_image["heun", 18] == pytest.approx(35 * evaluation)
+
+
+def test_one_sampler_in_other_steps():
+    options = {"benchmarks": ("sampling",), "dtypes": ("float32",), "seconds": 0.0}
+    records = benchmarks.run(settings(), print, **options, steps=(2, 3), sampler="euler")
+    assert [(record["sampler"], record["num_steps"]) for record in records] == [("euler", 2), ("euler", 3)]
 
 
 def test_what_feeds_and_judges_is_measured():
@@ -157,8 +208,13 @@ def test_what_feeds_and_judges_is_measured():
         "Inception",
     ]
     assert all(record["images_per_second"] > 0 for record in records)
-    assert 0 <= records[3]["waiting"] < 1
+    assert -1 < records[3]["waiting"] < 1  # below 0 where nothing waits and chance decides
     assert "of the time is spent waiting" in said[3]
+    classifier, inception = records[4:]
+    assert classifier["devices"] == inception["devices"] == 1
+    assert 10e9 < inception["flops"] / inception["batch_size"] < 13e9  # 5.7 G multiplications and additions
+    assert min(classifier["flops"], classifier["bytes"], inception["bytes"]) > 0
+    assert 0 < inception["share_of_matmul"] < 1.5
 
 
 def test_what_cannot_be_measured_is_refused():
@@ -168,5 +224,53 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ConfigError, match=r"--dtypes.*'float16'"):
         next(benchmarks.run(config, print, dtypes=("float16",)))
     unguided = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, label_dropout=0.0))
-    with pytest.raises(ConfigError, match="guided needs a teacher with a null class"):
-        list(benchmarks.run(unguided, print, benchmarks=("guided",), dtypes=("float32",)))
+    with pytest.raises(ConfigError, match="guided needs a teacher with a null class"):  # before the teacher is measured
+        next(benchmarks.run(unguided, print, benchmarks=("teacher", "guided"), dtypes=("float32",)))
+    with pytest.raises(ConfigError, match=r"--benchmark_steps is \[4, 0\]"):
+        next(benchmarks.run(config, print, benchmarks=("sampling",), steps=(4, 0)))
+    with pytest.raises(ConfigError, match=r"--sampler.*'dim'"):
+        next(benchmarks.run(config, print, benchmarks=("sampling",), sampler="dim"))
+
+
+def commands() -> list[str]:
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "benchmarks/README.md")]
+    found = [each for text in texts for each in re.findall(r"python main\.py --mode=benchmark[^`\n]*", text)]
+    return list(dict.fromkeys(found))
+
+
+def test_there_are_commands():
+    assert len(commands()) >= 6
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_can_be_measured(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = shlex.split(command)[1:]
+    own = [each for each in arguments if not each.startswith("--config")]
+    asked = dict(each.removeprefix("--").split("=", 1) for each in own if each.startswith("--"))
+    assert set(asked) <= {"mode", "benchmarks", "dtypes", "benchmark_seconds", "benchmark_steps", "sampler", "traced"}
+    values = flags.FlagValues()
+    command_line = ["main.py", *(each for each in arguments if each.startswith("--config"))]
+    sys.modules.pop("config_config", None)  # the config file of the parse before
+    monkeypatch.setattr(sys, "argv", command_line)  # where ml_collections looks for overrides
+    config_flags.DEFINE_config_file("config", "configs/digits.py", flag_values=values)
+    values(command_line)
+    dtypes = asked.get("dtypes", "float32,bfloat16").split(",")
+    steps = [int(number) for number in asked.get("benchmark_steps", "1,4,18").split(",")]
+    names = asked.get("benchmarks", "teacher").split(",")
+    benchmarks.check(resolve(values.config), names, dtypes, steps, asked.get("sampler", ""))
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_records_are_printed_or_appended(tmp_path, to_file):
+    out = tmp_path / "records.jsonl"
+    command = [sys.executable, "main.py", "--mode=benchmark", "--config=configs/digits.py:smoke", "--dtypes=float32"]
+    command += ["--benchmarks=sampling", "--sampler=one_step", "--benchmark_steps=1", "--benchmark_seconds=0"]
+    command += [f"--out={out}"] * to_file
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = [text for text in done.stdout.splitlines() if text.startswith("{")]
+    (text,) = out.read_text().splitlines() if to_file else printed
+    assert json.loads(text)["sampler"] == "one_step"
+    assert bool(printed) != to_file
+    assert "| one_step in 1 steps |" in done.stdout
+    assert "The whole command took" in done.stdout

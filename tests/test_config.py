@@ -182,7 +182,7 @@ def test_a_plan_without_guidance_halves_the_teacher_itself():
 ROWS = {
     "digits": [f"{row}-smoke".removeprefix("-") if smoke else row for row in digits.VARIANTS for smoke in (0, 1)],
     "fashion_mnist": ["", "smoke"],
-    "cifar10_small": ["", "6-minutes", "2.5-minutes", "6-minutes-smoke", "edm-6-minutes", "edm-6-minutes-smoke"],
+    "cifar10_small": ["", "6-minutes", "4.5-minutes", "6-minutes-smoke", "edm-6-minutes", "edm-6-minutes-smoke"],
     "progressive": [*progressive.ROWS, *(f"{row}-smoke" for row in progressive.ROWS)],
     "guided": [*guided.ROWS, *(f"{row}-smoke" for row in guided.ROWS)],
     "disback": [f"{row}{variant}" for row in disback.ROWS for variant in disback.VARIANTS],
@@ -216,16 +216,16 @@ def test_cifar10_small_fills_its_minutes():
         stages = chain.plan(resolve(settings))
         cost = {
             "teacher": 1.0,
-            "guided": cifar10_small.DISTILLATION_COST,
-            "progressive": cifar10_small.DISTILLATION_COST,
+            "guided": cifar10_small.GUIDED_COST,
+            "progressive": cifar10_small.HALVING_COST,
         }
         images = [stage.num_updates * stage.settings.batch_size * cost[stage.method] for stage in stages]
         seconds = sum(images) / cifar10_small.REFERENCE_RATE
         assert seconds == pytest.approx(60 * minutes - cifar10_small.OVERHEAD, rel=0.02)
         assert images[0] / sum(images) == pytest.approx(cifar10_small.TEACHER_SHARE, rel=0.02)
         assert settings.name == f"cifar10_small-{minutes}-minutes"
-    with pytest.raises(ValueError, match="more than 2 minutes"):
-        cifar10_small.get_config("2-minutes")
+    with pytest.raises(ValueError, match=r"more than 3\.5 minutes"):
+        cifar10_small.get_config("3-minutes")
 
 
 def test_cifar10_small_fills_its_minutes_with_disback_too():

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from diffdistill import chain, plan
+from diffdistill import chain, plan, samplers
 from diffdistill.benchmarks import device, inputs, sampling, training, where
 from diffdistill.benchmarks.table import line
-from diffdistill.config import Config
+from diffdistill.config import Config, ConfigError
 from diffdistill.evaluation import program, results
 from diffdistill.fields import one_of
 from diffdistill.training import mesh as meshes
@@ -30,120 +31,145 @@ def run(
     dtypes: Sequence[str] = DTYPES,
     seconds: float = 20.0,
     traced: int = 0,
+    steps: Sequence[int] = sampling.STEPS,
+    sampler: str = "",
 ) -> Iterator[results.Record]:
     """Runs a config's programs on random images and parameters for a while, and says the rates.
 
     Args:
       config: network, batch, parts, updates per call and batch of samples are those of its teacher.
-      say: receives a line for each record.
+      say: receives a line for each record, and what is left out.
       benchmarks: some of BENCHMARKS. teacher, guided, halving, distillation: updates of a stage of that kind, with the
         teacher's batch. growth: the teacher at other batches, sides of the image and numbers of devices. sampling:
-        every sampler in 1, 4 and 18 steps, without guidance. inputs: reading, mirroring, augmenting, and how long
-        training waits for batches. features: the networks that judge images. The last two are measured with the first
-        type alone.
+        every sampler that suits the teacher, without guidance. inputs: reading, mirroring, augmenting, and how long
+        training waits for batches. features: the networks that judge images, in float32. The last two are measured
+        with the first type alone.
       dtypes: some of DTYPES.
       seconds: of measuring for each record, after compilation and one call; two calls at least.
       traced: further calls of each stage that trains, which the profiler watches; a table says where their time goes.
+      steps: numbers of steps that samplers are measured in.
+      sampler: the only one to measure; empty: all.
 
     Yields:
       A record as soon as it is measured: images_per_second, seconds (of an update or a batch), compile_seconds,
-      program_memory (bytes on one device, as the compiler has planned it), peak_memory (the most bytes that a device
-      has held since the program began, where it says so). Where the FLOPs are known: flops_per_second, share_of_matmul
-      (of the rate of a matrix product of that type, measured on the same devices), share_of_published (None where no
-      data sheet is known or the type is not bfloat16), floor_by_flops and floor_by_bytes (the seconds that it would
-      take if nothing but the arithmetic, at the rate of that product, or the memory, at the rate of a copy, took
-      time), and gap, the seconds in units of the larger floor. Of the other stages cost_of_teacher, the time of an
-      update in updates of the teacher (None unless that was measured just before). With `traced`, where: seconds of an
-      update by part of the network and direction, on one device.
+      compile_cached (whether the compilation cache had the program), program_memory (bytes on one device, as the
+      compiler has planned it), peak_memory (the most bytes that a device has held since the process began, where it
+      says so and this measurement has raised it; None otherwise), wall_seconds (since this function was called).
+      rates: what a matrix product of that type and a copy of a large array reach on one device, measured before and
+      after; matmul_flops_per_second and memory_bytes_per_second are their means, of all devices that take part. Where
+      the FLOPs are known: flops_per_second, share_of_matmul, share_of_published (None where no data sheet is known or
+      the type is not bfloat16), and seconds_of_flops, what the FLOPs would take at the rate of the product. Where the
+      compiler counts the bytes: seconds_of_bytes, what they would take at the rate of the copy; no lower bound, since
+      caches are faster than that. gap: the seconds in units of the larger of the two. Of the other stages
+      cost_of_teacher, the time of an update in updates of the teacher (None unless that was measured just before).
+      With `traced`, where: seconds of an update by part of the network and direction, on one device.
 
     Raises:
-      ConfigError: a benchmark or a type that is not known, or a stage that this teacher cannot have.
+      ConfigError: a benchmark, a type, a sampler or a number of steps that is not known, or a stage that this teacher
+        cannot have; before anything is measured.
     """
-    for name in benchmarks:
-        one_of("--benchmarks", name, list(BENCHMARKS))
-    for dtype in dtypes:
-        one_of("--dtypes", dtype, list(DTYPES))
+    begun = time.monotonic()
+    check(config, benchmarks, dtypes, steps, sampler)
     mesh = meshes.make_mesh()
     facts, _ = plan.data_facts(config)
     for dtype in dtypes:
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
-        rates = device.rates(mesh, dtype)
         teacher = None
-        for name, measured in _measurements(changed, facts, mesh, benchmarks, seconds, traced, dtype == dtypes[0]):
-            record = {
-                "benchmark": name,
-                "config": config.name,
-                "dtype": dtype,
-                **measured,
-                **_roofline(measured, rates),
-                "peak_memory": device.peak_memory(mesh),
-                "hardware": meshes.describe(mesh),
-                "date": time.strftime("%Y-%m-%d"),
-                "revision": program.revision(),
-                "jax": program.versions()["jax"],
-            }
-            if name == "teacher":
-                teacher = record["seconds"]
-            elif name in training.METHODS:
-                record["cost_of_teacher"] = record["seconds"] / teacher if teacher else None
-            say(line(record))
-            if "where" in record:
-                say(where.table(record["where"]))
-            yield record
+        for name in BENCHMARKS:
+            if name not in benchmarks or (name in ONCE and dtype != dtypes[0]):
+                continue
+            if name == "sampling":
+                measurements = sampling.measure(changed, facts, mesh, seconds, say, steps=steps, sampler=sampler)
+            else:
+                measurements = _measurements(name, changed, facts, mesh, seconds, traced)
+            exact = name == "features"
+            rates = functools.partial(device.rates, mesh, "float32" if exact else dtype, exact=exact)
+            before, held = rates(), device.peak_memory(mesh)
+            for measured in measurements:
+                peak = device.risen(mesh, held)
+                measured = {"image_shape": list(facts.image_shape), "devices": mesh.size, **measured}
+                after = rates()
+                record = {
+                    "benchmark": name,
+                    "config": config.name,
+                    "dtype": dtype,
+                    **measured,
+                    **_roofline(measured, before, after),
+                    "peak_memory": peak,
+                    "wall_seconds": time.monotonic() - begun,
+                    "hardware": meshes.describe(mesh),
+                    "date": time.strftime("%Y-%m-%d"),
+                    "revision": program.revision(),
+                    "jax": program.versions()["jax"],
+                }
+                if name == "teacher":
+                    teacher = record["seconds"]
+                elif name in training.METHODS:
+                    record["cost_of_teacher"] = record["seconds"] / teacher if teacher else None
+                say(line(record))
+                if "where" in record:
+                    say(where.table(record["where"]))
+                yield record
+                before, held = after, device.peak_memory(mesh)
 
 
-def _roofline(measured: results.Record, rates: device.Rates) -> results.Record:
-    """The floors of what was measured, and how far above the larger one it is."""
+def check(
+    config: Config,
+    benchmarks: Sequence[str],
+    dtypes: Sequence[str] = DTYPES,
+    steps: Sequence[int] = sampling.STEPS,
+    sampler: str = "",
+) -> None:
+    """Refuses what `run` cannot measure: ConfigError."""
+    for name in benchmarks:
+        one_of("--benchmarks", name, list(BENCHMARKS))
+    for dtype in dtypes:
+        one_of("--dtypes", dtype, list(DTYPES))
+    if sampler:
+        one_of("--sampler", sampler, list(samplers.SAMPLERS))
+    if not steps or min(steps) < 1:
+        raise ConfigError(f"--benchmark_steps is {list(steps)}; give numbers of at least 1.")
+    for name in benchmarks:
+        if name in training.METHODS:
+            training.with_stage(config, name)
+
+
+def _roofline(measured: results.Record, before: device.Rates, after: device.Rates) -> results.Record:
+    """What arithmetic and memory traffic alone would take, and how far above the larger one the time is."""
     seconds, flops, moved = measured["seconds"], measured.get("flops"), measured.get("bytes")
-    matmul = rates.matmul * measured["devices"]
-    by_flops = flops / matmul if flops else None
-    by_bytes = moved / rates.memory if moved else None  # the compiler counts those of one device
-    floor = max((each for each in (by_flops, by_bytes) if each is not None), default=None)
+    products, copies = (before.matmul, after.matmul), (before.memory, after.memory)
+    matmul, memory = sum(products) / 2, sum(copies) / 2
+    of_flops = flops / (matmul * measured["devices"]) if flops else None
+    of_bytes = moved / memory if moved else None  # the compiler counts those of one device
+    larger = max((each for each in (of_flops, of_bytes) if each is not None), default=None)
+    published = before.published
     return {
         "flops_per_second": flops / seconds if flops else None,
-        "matmul_flops_per_second": matmul,
-        "memory_bytes_per_second": rates.memory * measured["devices"],
-        "share_of_matmul": by_flops / seconds if by_flops else None,
-        "share_of_published": by_flops / seconds * rates.matmul / rates.published
-        if by_flops and rates.published
-        else None,
-        "floor_by_flops": by_flops,
-        "floor_by_bytes": by_bytes,
-        "gap": seconds / floor if floor else None,
+        "matmul_flops_per_second": matmul * measured["devices"],
+        "memory_bytes_per_second": memory * measured["devices"],
+        "rates": {"matmul": list(products), "memory": list(copies)},
+        "share_of_matmul": of_flops / seconds if of_flops else None,
+        "share_of_published": of_flops / seconds * matmul / published if of_flops and published else None,
+        "seconds_of_flops": of_flops,
+        "seconds_of_bytes": of_bytes,
+        "gap": seconds / larger if larger else None,
     }
 
 
 def _measurements(
-    config: Config,
-    facts: chain.DataFacts,
-    mesh: Mesh,
-    benchmarks: Sequence[str],
-    seconds: float,
-    traced: int,
-    first: bool,
-) -> Iterator[tuple[str, results.Record]]:
-    """(benchmark, what it measured), in the order of BENCHMARKS; all but its rates. first: of several types."""
-
-    def at(facts: chain.DataFacts, mesh: Mesh, record: results.Record) -> results.Record:
-        return {"image_shape": list(facts.image_shape), "devices": mesh.size, **record}
-
-    for name in BENCHMARKS:
-        if name not in benchmarks or (name in ONCE and not first):
-            continue
-        if name in training.METHODS:
-            config_with, stage = training.with_stage(config, name)
-            yield name, at(facts, mesh, training.measure(config_with, stage, facts, mesh, seconds, traced=traced))
-        elif name == "growth":
-            for each, shown, devices in training.sizes(config, facts, mesh):
-                stage = training.with_stage(each, "teacher")[1]
-                yield name, at(shown, devices, training.measure(each, stage, shown, devices, seconds))
-        elif name == "sampling":
-            for record in sampling.measure(config, facts, mesh, seconds):
-                yield name, at(facts, mesh, record)
-        elif name == "inputs":
-            for record in inputs.pipeline(config, facts, mesh, seconds):
-                yield name, at(facts, mesh, record)
-            yield name, at(facts, mesh, inputs.wait(config, facts, mesh, seconds))
-        else:
-            for record in inputs.networks(facts, seconds):
-                yield name, at(facts, mesh, record)
+    name: str, config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float, traced: int
+) -> Iterator[results.Record]:
+    """What a benchmark measures; all but its rates."""
+    if name in training.METHODS:
+        config_with, stage = training.with_stage(config, name)
+        yield training.measure(config_with, stage, facts, mesh, seconds, traced=traced)
+    elif name == "growth":
+        for each, shown, devices in training.sizes(config, facts, mesh):
+            stage = training.with_stage(each, "teacher")[1]
+            measured = training.measure(each, stage, shown, devices, seconds)
+            yield {"image_shape": list(shown.image_shape), "devices": devices.size, **measured}
+    elif name == "inputs":
+        yield from inputs.pipeline(config, facts, mesh, seconds)
+        yield inputs.wait(config, facts, mesh, seconds)
+    else:
+        yield from inputs.networks(facts, seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from diffdistill import chain, runner
+from diffdistill import chain, plan, runner
 from diffdistill.benchmarks import device, training
 from diffdistill.config import Config
 from diffdistill.data import augmentation
@@ -24,7 +24,7 @@ from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.loop import MAX_IN_FLIGHT
-from diffdistill.training.prefetch import Calls
+from diffdistill.training.prefetch import AHEAD, Calls
 
 _IMAGES = 4096  # drawn, where a config has no data yet
 AUGMENTED = 0.12  # the probability of EDM's configuration F
@@ -57,6 +57,7 @@ def pipeline(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float)
         "seconds": 1 / rate,
         "bytes": program.bytes_accessed,
         "compile_seconds": program.compile_seconds,
+        "compile_cached": program.cached,
         "program_memory": program.memory,
     }
 
@@ -65,7 +66,7 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
     """How much faster a teacher's training would be if its batches were there already, as a share of its time.
 
     As in the training loop, batches are read while calls of the device are in flight; the same calls on one batch that
-    stays on the devices say what the device alone takes.
+    stays on the devices say what the device alone takes. The share is negative where the two differ by chance alone.
     """
     config, stage = training.with_stage(config, "teacher")
     method = chain.method_of(config, stage, facts)
@@ -80,14 +81,16 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
     def seconds_an_update(stacks: Iterator[tuple[int, int, Any]]) -> float:
         nonlocal state
         in_flight: collections.deque[Any] = collections.deque()
-        updates, begun = 0, None
+        updates, untimed, begun = 0, AHEAD + 1, None  # so many stacks may lie there already, read for nothing
         while begun is None or processes.any_process(updates < 2 or time.monotonic() - begun < seconds):
             _, count, rows = next(stacks)
             state, metrics, _ = step.function(state, {}, rows, key, arguments, np.int32(count), flag)
             in_flight.append(metrics)
             updates += count
-            if begun is None:  # compiled, and warm
-                jax.block_until_ready(in_flight.pop())
+            untimed -= 1
+            if untimed == 0:
+                jax.block_until_ready(in_flight)
+                in_flight.clear()
                 updates, begun = 0, time.monotonic()
             while len(in_flight) > MAX_IN_FLIGHT:
                 jax.block_until_ready(in_flight.popleft())
@@ -104,33 +107,45 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
         "batch_size": size,
         "images_per_second": size / spent,
         "seconds": spent,
-        "waiting": max(0.0, 1.0 - alone / spent),
+        "waiting": 1.0 - alone / spent,
     }
 
 
 def networks(facts: chain.DataFacts, seconds: float) -> Iterator[results.Record]:
-    """Images a second of the networks that judge images: the classifier of small images and Inception, untrained."""
+    """Images a second of the networks that judge images: the classifier of small images and Inception, untrained.
+
+    Both compute in float32 without faster passes, on one device.
+    """
     drawn = np.random.default_rng(0).integers(0, 256, (features.APPLY_BATCH, *facts.image_shape), dtype=np.uint8)
     classes = max(facts.num_classes, 2)
     variables = features.Classifier(classes).init(jax.random.key(0), drawn[:1])
-    judge = features.FeatureNetwork(variables, 1.0, facts.image_shape, classes, {})
-    yield _network("classifier", lambda images: judge.measure(images), drawn, seconds)
+    judge = lambda variables, images: features.Classifier(classes).apply(variables, images)  # noqa: E731
+    yield _network("classifier", judge, variables, drawn, seconds)
     shapes = jax.eval_shape(inception.InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    extractor = inception.FeatureExtractor(zeros, "tf", "")
     few = drawn[: features.APPLY_BATCH if meshes.is_accelerator(meshes.make_mesh()) else 8]
-    yield _network("Inception", lambda images: jax.block_until_ready(extractor(images)), few, seconds)
+    extract = lambda variables, images: inception.apply(variables, images, "tf", ("2048",))  # noqa: E731
+    yield _network("Inception", extract, zeros, few, seconds)
 
 
-def _network(name: str, judge, images: np.ndarray, seconds: float) -> results.Record:
-    compile_seconds = device.timed(lambda: judge(images))
-    rate = device.calls_per_second(lambda: judge(images), seconds)
+def _network(
+    name: str, network: Callable[..., Any], variables: Any, images: np.ndarray, seconds: float
+) -> results.Record:
+    program = device.compiled(jax.jit(network), variables, images)
+    rate = device.calls_per_second(lambda: jax.block_until_ready(program.run(variables, images)), seconds)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (variables, images))
     return {
         "what": name,
+        "dtype": "float32",
+        "devices": 1,
         "batch_size": len(images),
         "images_per_second": rate * len(images),
         "seconds": 1 / rate,
-        "compile_seconds": compile_seconds,
+        "flops": plan.counted(network, *abstract),
+        "bytes": program.bytes_accessed,
+        "compile_seconds": program.compile_seconds,
+        "compile_cached": program.cached,
+        "program_memory": program.memory,
     }
 
 

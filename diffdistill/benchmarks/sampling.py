@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,20 +21,36 @@ from diffdistill.training import mesh as meshes
 STEPS = (1, 4, 18)
 
 
-def measure(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> Iterator[results.Record]:
-    """A record for every sampler that this teacher can be sampled with, and each of STEPS; without guidance."""
+def measure(
+    config: Config,
+    facts: chain.DataFacts,
+    mesh: Mesh,
+    seconds: float,
+    say: Callable[[str], Any],
+    *,
+    steps: Sequence[int] = STEPS,
+    sampler: str = "",
+) -> Iterator[results.Record]:
+    """A record for every sampler that this teacher can be sampled with, or one, and each of `steps`; without guidance.
+
+    What it cannot be sampled with is said, and why.
+    """
     generator, refusal = _generator(config, facts, mesh), None
     measured = False
-    for sampler in samplers.SAMPLERS:
+    for name in [sampler] if sampler else samplers.SAMPLERS:
         fresh = True  # a program serves every number of steps, but for samplers that need it as a plain number
-        for num_steps in STEPS:
+        refused = []
+        for num_steps in steps:
             try:
-                record = _measured(config, facts, generator, sampler, num_steps, seconds, fresh)
+                record = _measured(config, facts, generator, name, num_steps, seconds, fresh)
             except SampleError as error:  # a sampler of discrete times, or of one step alone
                 refusal = error
+                refused.append(str(num_steps))
                 continue
-            fresh, measured = sampler in samplers.FIXED_STEPS, True
+            fresh, measured = name in samplers.FIXED_STEPS, True
             yield record
+        if refused:
+            say(f"Left out: {name} in {', '.join(refused)} steps: {refusal}")
     if not measured:
         raise ConfigError(f"No sampler suits this teacher: {refusal}")
 
@@ -74,8 +91,8 @@ def _measured(
         for chunk in generator.stream(size, num_steps=num_steps, sampler=sampler):
             jax.block_until_ready(chunk.images)
 
-    compile_seconds = device.timed(call)  # and the first batch
-    rate = device.calls_per_second(call, seconds)
+    first, cached = device.first_call(call)
+    rate = device.calls_per_second(call, seconds, warm=True)
     evaluations = generator.network_evaluations(num_steps, 0.0, sampler)
     return {
         "sampler": sampler,
@@ -85,5 +102,6 @@ def _measured(
         "images_per_second": rate * size,
         "seconds": 1 / rate,
         "flops": size * evaluations * plan.flops_per_evaluation(config, stage, facts),
-        "compile_seconds": compile_seconds if fresh else None,
+        "compile_seconds": max(0.0, first - 1 / rate) if fresh else None,  # the first call makes a batch as well
+        "compile_cached": cached if fresh else None,
     }

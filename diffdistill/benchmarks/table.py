@@ -17,10 +17,10 @@ def line(record: results.Record) -> str:
         parts.append(f"an update takes {record['cost_of_teacher']:.2f} times as long as one of the teacher")
     if "waiting" in record:
         parts.append(f"{100 * record['waiting']:.1f} % of the time is spent waiting for batches")
-    compiled = record.get("compile_seconds")
+    compiled = _compiled(record)
     return (
         f"{record['config']}, {subject(record)}, {record['dtype']}, batch {record['batch_size']}: {', '.join(parts)} "
-        f"({record['hardware']}{f'; compiled in {compiled:.0f} s' if compiled else ''})"
+        f"({record['hardware']}{f'; compiled in {compiled}' if compiled else ''})"
     )
 
 
@@ -45,37 +45,69 @@ def subject(record: results.Record) -> str:
 
 
 def markdown(records: Sequence[results.Record]) -> str:
-    """A Markdown table: images/s, how long an update or a batch takes beside its two floors, compilation, memory."""
+    """A Markdown table: rates, times beside those of arithmetic and memory alone, compilation, memory; then the rates.
+
+    Times of arithmetic and memory are those of the FLOPs and of the compiler's bytes at the rates below the table.
+    """
     head = (
-        *("what", "type", "batch", "images/s", "FLOP/s", "of a product", "takes", "floor by FLOPs", "floor by bytes"),
-        *("gap", "compiled in", "memory"),
+        *("what", "type", "devices", "batch", "images/s", "FLOP/s", "of a product", "of the data sheet", "takes"),
+        *("FLOPs alone", "bytes alone", "gap", "compiled in", "memory planned", "memory peak"),
     )
     rows = [
         (
             subject(record),
             record["dtype"],
+            str(record["devices"]),
             str(record["batch_size"]),
             f"{record['images_per_second']:.4g}",
             plan.readable(record["flops_per_second"]) if record["flops_per_second"] else "",
-            f"{100 * record['share_of_matmul']:.0f} %" if record["share_of_matmul"] else "",
+            _percent(record["share_of_matmul"]),
+            _percent(record["share_of_published"]),
             _milliseconds(record["seconds"]),
-            _milliseconds(record["floor_by_flops"]),
-            _milliseconds(record["floor_by_bytes"]),
+            _milliseconds(record["seconds_of_flops"]),
+            _milliseconds(record["seconds_of_bytes"]),
             f"{record['gap']:.1f}" if record["gap"] else "",
-            f"{record['compile_seconds']:.1f} s" if record.get("compile_seconds") else "",
-            _memory(record),
+            _compiled(record),
+            _bytes(record.get("program_memory")),
+            _bytes(record["peak_memory"]),
         )
         for record in records
     ]
     lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n\n".join([table, *_rates(records)])
+
+
+def _rates(records: Sequence[results.Record]) -> list[str]:
+    """From and to which rate of one device the records were measured beside, a sentence for each type."""
+    found = []
+    for dtype in dict.fromkeys(record["dtype"] for record in records):
+        rates = [record["rates"] for record in records if record["dtype"] == dtype]
+        products, copies = ([each for rate in rates for each in rate[kind]] for kind in ("matmul", "memory"))
+        found.append(
+            f"One device, {dtype}: matrix products {_range(products)}FLOP/s, copies {_range(copies)}B/s (measured "
+            "before and after each record; bytes alone are the compiler's, at the rate of a copy)."
+        )
+    return found
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{plan.readable(min(values))} to {plan.readable(max(values))}"
 
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.3g} ms"
 
 
-def _memory(record: results.Record) -> str:
-    """What the compiler has planned for one device."""
-    found = record.get("program_memory")
-    return plan.readable_bytes(found) if found else ""
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _bytes(number: int | None) -> str:
+    return "" if number is None else plan.readable_bytes(number)
+
+
+def _compiled(record: results.Record) -> str:
+    """The seconds of compilation, and whether the cache had the program."""
+    seconds = record.get("compile_seconds")
+    return "" if seconds is None else f"{seconds:.1f} s{' (cached)' if record.get('compile_cached') else ''}"

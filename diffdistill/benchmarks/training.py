@@ -83,8 +83,10 @@ def measure(
         "images_per_second": rate * size,
         "seconds": 1 / rate,
         "flops": plan.flops_per_update(config, stage, facts),
-        "bytes": program.bytes_accessed,
+        # Parts are passes of a loop, whose body the compiler counts once.
+        "bytes": program.bytes_accessed if stage.settings.parts == 1 else None,
         "compile_seconds": program.compile_seconds,
+        "compile_cached": program.cached,
         "program_memory": program.memory,
         **watched,
     }
