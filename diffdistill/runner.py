@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterator
@@ -105,14 +106,17 @@ def train(run: Run, interrupt: Interrupt, say: Any = print) -> None:
     Raises:
       Interrupted: a signal arrived; everything up to the update it names is saved.
       NonFiniteLoss, CheckpointError: training or saving failed; earlier checkpoints are intact.
+      WorkdirError: another program trains in the folder.
     """
     compiled: dict[Method, CompiledStep] = {}
-    for index, stage in enumerate(run.stages):
-        with_checkpoints = _checkpoints(run, stage)
-        try:
-            _train_stage(run, index, stage, with_checkpoints, compiled, interrupt, say)
-        finally:
-            with_checkpoints.close()
+    with contextlib.ExitStack() as stack:
+        processes.on_main(lambda: stack.enter_context(workdir.alone(run.workdir.path)))
+        for index, stage in enumerate(run.stages):
+            with_checkpoints = _checkpoints(run, stage)
+            try:
+                _train_stage(run, index, stage, with_checkpoints, compiled, interrupt, say)
+            finally:
+                with_checkpoints.close()
 
 
 def finished(folder: Workdir) -> Iterator[Stage]:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _LATER = {
     "disback": ("degradation", "one_step"),
 }
 _LOCK = ".lock"
-_locks: dict[Path, Any] = {}  # the open files by which this process holds the folders that it has begun to train in
+_held: set[Path] = set()  # the folders that this process trains in
 
 
 class WorkdirError(RuntimeError):
@@ -67,8 +68,8 @@ class Workdir:
 def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None) -> Workdir:
     """Opens the folder of a run for training: makes it, or checks that it belongs to the same config and data.
 
-    The settings of stages that have not begun may differ from those of the start before. Until the process ends no
-    other one can open it so. Of several processes all call it, and the main one alone looks at the folder.
+    The settings of stages that have not begun may differ from those of the start before. Of several processes all
+    call it, and the main one alone looks at the folder.
 
     Args:
       path: the folder.
@@ -89,8 +90,20 @@ def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, finge
         "config": configs.to_dict(config),
         "data": {**json.loads(json.dumps(dataclasses.asdict(facts))), "fingerprint": fingerprint},
     }
-    processes.on_main(lambda: _begin(folder, record, imported=fingerprint is None))
+    processes.on_main(lambda: _begin_alone(folder, record, imported=fingerprint is None))
     return Workdir(folder, config, facts)
+
+
+def _begin_alone(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            _begin(folder, record, imported=imported)
+    except OSError as error:
+        raise WorkdirError(
+            f"The workdir {folder} cannot be written: {error.strerror or error}. "
+            "Make room or choose another with --workdir=FOLDER."
+        ) from error
 
 
 def _begin(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
@@ -106,42 +119,44 @@ def _begin(folder: Path, record: dict[str, Any], *, imported: bool) -> None:
             f"{folder} holds checkpoints but no config.json that says of what. Choose another --workdir, or restore "
             "the file."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder)
-        about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        text = json.dumps({**record, "imported": imported, "starts": [*starts, about]}, indent=2) + "\n"
-        write_atomically(file, lambda stream: stream.write(text.encode()))
-    except OSError as error:
-        raise WorkdirError(
-            f"The workdir {folder} cannot be written: {error.strerror or error}. "
-            "Make room or choose another with --workdir=FOLDER."
-        ) from error
+    about = {**program.about(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    text = json.dumps({**record, "imported": imported, "starts": [*starts, about]}, indent=2) + "\n"
+    write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
-def _lock(folder: Path) -> None:
-    """Takes the folder for this process: of two programs that train in it each would replace what the other saves."""
-    held = _locks.get(folder)
-    with contextlib.suppress(FileNotFoundError):
-        if held is not None and os.path.samestat(os.fstat(held.fileno()), (folder / _LOCK).stat()):
-            return
-    file = (folder / _LOCK).open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return  # a file system without locks
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise WorkdirError(
-            f"Another program trains in {folder}{f' ({holder})' * bool(holder)}. Wait until it ends, or choose another "
-            "--workdir; processes that are to train one run together are all started with --distributed."
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    _locks[folder] = file
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other programs from training in a folder: each would replace what the other saves.
+
+    Within it this process may ask again. On a file system without locks nothing is kept from anything.
+
+    Raises:
+      WorkdirError: another program is in it.
+      OSError: the folder cannot be written.
+    """
+    if folder in _held:
+        yield
+        return
+    with (folder / _LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                holder = file.read(200).strip()
+                raise WorkdirError(
+                    f"Another program trains in {folder}{f' ({holder})' * bool(holder)}. Wait until it ends, or choose "
+                    "another --workdir; processes that are to train one run together are all started with "
+                    "--distributed."
+                ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        _held.add(folder)
+        try:
+            yield
+        finally:
+            _held.remove(folder)
 
 
 def read(path: str | os.PathLike[str]) -> Workdir:

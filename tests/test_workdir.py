@@ -113,15 +113,15 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, place):
 
 def test_two_programs_do_not_train_in_one_folder(tmp_path):
     run = runner.prepare(smoke(), str(tmp_path / "run"))
-    runner.prepare(smoke(), str(tmp_path / "run"))  # this process holds it
     code = (
         "import sys; from configs import digits; from diffdistill import config, runner; "
         "runner.prepare(config.resolve(digits.get_config('smoke')), sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(run.workdir.path)]
-    other = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    with workdir.alone(run.workdir.path):
+        runner.prepare(smoke(), str(tmp_path / "run"))  # this process may
+        other = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert f"WorkdirError: Another program trains in {run.workdir.path} (process {os.getpid()} on " in other.stderr
-    workdir._locks.pop(run.workdir.path).close()  # as at the end of this process
     other = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert other.returncode == 0, other.stderr
 
