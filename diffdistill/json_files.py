@@ -18,7 +18,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
       OSError: it cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a device, for one, need not end
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device, which need not end
         raise ValueError("it is no file")
     return parse_object(path.read_bytes())
 

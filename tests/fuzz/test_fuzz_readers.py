@@ -5,12 +5,12 @@ from collections import Counter
 
 import fuzz_readers
 import pytest
-import readers
+from reader import ROOT
 
 
 @pytest.mark.slow
 def test_no_reader_does_anything_but_read_or_refuse(capsys, monkeypatch):
-    monkeypatch.chdir(readers.ROOT)
+    monkeypatch.chdir(ROOT)
     seed = random.randrange(10**6)
     counts = fuzz_readers.fuzz([], inputs=15, seed=seed)
     total = sum(counts.values(), Counter())
