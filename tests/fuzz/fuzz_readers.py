@@ -105,7 +105,7 @@ def mutated(content: bytes, chance: random.Random, other: bytes) -> bytes:
 
 
 WATCHED = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "ctypes.dlopen")
-MODULES = ("antigravity", "this")  # that hostile files name, and nobody else imports
+MODULES = ("antigravity", "this", "__hello__")  # that hostile files name, and nobody else imports
 CHANGING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
 
 
@@ -121,9 +121,7 @@ class Watch:
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.on:
             return
-        if event == "import" and str(arguments[0]).split(".")[0] in MODULES:
-            self.seen.append(f"import {arguments[0]}")
-        elif event in WATCHED:
+        if event in WATCHED:
             self.seen.append(f"{event} {arguments[:1]}")
         elif event in CHANGING and not os.fsdecode(arguments[0]).startswith(self.places):
             self.seen.append(f"{event} {arguments[0]}")
@@ -140,6 +138,8 @@ class Watch:
             yield
         finally:
             self.on = False
+            # importlib.import_module is no event.
+            self.seen += [f"import {name}" for name in MODULES if sys.modules.pop(name, None)]
 
 
 def held(what: str) -> int:
