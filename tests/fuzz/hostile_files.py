@@ -145,7 +145,7 @@ def evil_pickles(owned: Path) -> dict[str, bytes]:
     return found
 
 
-def nested_tuples(depth: int = 27) -> bytes:
+def nested_tuples(depth: int = 28) -> bytes:
     """The inside of a pickle: a tuple of itself twice, `depth` times; its hash and its text take 2^depth steps."""
     return b")" + b"2\x86" * depth
 
