@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
-from diffdistill import config_checks_disback, fields
+from diffdistill import config_checks_bounds, config_checks_disback, fields
 from diffdistill.data.augmentation import LABELS as AUGMENTATION_FEATURES
 from diffdistill.diffusion import conditioning, noise, parameterisation, schedules, weighting
 from diffdistill.evaluation.protocols import PROTOCOLS, QUANTISATIONS
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Raises ConfigError for a name that is not known, a number out of its range, choices that exclude each other."""
+    config_checks_bounds.check(config)  # before anything is computed with the numbers
     _check_names(config)
     _check_ranges(config)
     _check_combinations(config)
@@ -136,8 +137,6 @@ def _check_ranges(config: Config) -> None:
             )
     for index, steps in enumerate(config.evaluation.num_steps):
         least(f"config.evaluation.num_steps[{index}]", steps, 1)
-    for name in ("channels", "embedding", "blocks_per_level", "num_groups"):
-        least(f"config.model.{name}", getattr(config.model, name), 1)
     for name in ("augmentation_features", "noise_features"):
         least(f"config.model.{name}", getattr(config.model, name), 0)
     least("config.data.image_size", config.data.image_size, 0)

@@ -8,6 +8,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+_SHOWN = 200  # letters of a value in a message
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which field, what it holds and what is possible."""
@@ -25,11 +27,20 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
     return lines
 
 
+def shown(value: Any) -> str:
+    """A value as a message shows it: in part where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # of Python, for thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def one_of(where: str, value: str, known: list[str]) -> None:
     """Refuses a value that is not among the known names: ConfigError with the nearest."""
     if value not in known:
         raise ConfigError(
-            f"{where} is {value!r}, which is not known.{nearest(value, known)} Known: {', '.join(known)}."
+            f"{where} is {shown(value)}, which is not known.{nearest(value, known)} Known: {', '.join(known)}."
         )
 
 
@@ -42,7 +53,7 @@ def nearest(name: str, known: list[str]) -> str:
 def build(cls: Any, settings: Any, where: str) -> Any:
     """An instance of the dataclass `cls` from nested mappings; ConfigError for unknown fields and wrong types."""
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{where} is {settings!r}, but must be a group of fields: {', '.join(names(cls))}.")
+        raise ConfigError(f"{where} is {shown(settings)}, but must be a group of fields: {', '.join(names(cls))}.")
     values = {}
     for name, value in settings.items():
         kind = kind_of(cls, str(name), where)
@@ -100,5 +111,10 @@ def leaf(kind: Any, value: Any, where: str) -> Any:
     else:
         fits = kind in (bool, str) and isinstance(value, kind)
     if not fits:
-        raise ConfigError(f"{where} is {value!r} ({type(value).__name__}), but must be {expected(kind)}.")
-    return float(value) if kind is float else value
+        raise ConfigError(f"{where} is {shown(value)} ({type(value).__name__}), but must be {expected(kind)}.")
+    if kind is not float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where} is {shown(value)}, which is too large for a number.") from None

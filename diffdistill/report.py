@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,16 +19,21 @@ from diffdistill.config import to_dict
 from diffdistill.data.contract import Source
 from diffdistill.data.pipeline import gather
 from diffdistill.evaluate import RESULTS, samples_path
-from diffdistill.evaluation import images, program, results, tables
+from diffdistill.evaluation import images, program, results, tables, transfer_section
+from diffdistill.evaluation.arrays import read_npz
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.report import write_report as write_page
+from diffdistill.fields import shown
+from diffdistill.json_files import parse_object, read_json
+from diffdistill.judges.contract import SHOWN
 from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.transfer_files import record_path
 from diffdistill.workdir import Workdir
 
 FLOPS = "evaluation/flops.json"
-_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>\d+)(?:_(?P<sampler>.+))?\.png")
+_WEIGHT = re.compile(r"w(-?[0-9]+(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,2})?)")
+_GRID = re.compile(r"(?P<stage>.+)_sampled_(?P<steps>[0-9]{1,18})(?:_(?P<sampler>.+))?\.png")
 
 
 def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str, Path]:
@@ -44,11 +50,7 @@ def write_report(folder: Workdir, costs: Sequence[dict[str, Any]]) -> tuple[str,
         grids=list(_grids(folder)),
         facts=_facts(folder),
         costs=costs,
-        transfers=[
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in (record_path(folder, text) for text in folder.config.evaluation.transfers)
-            if path.exists()
-        ],
+        transfers=list(_transfers(folder)),
     )
     return f"{tables.terminal_table(measured)}\n{tables.terminal_costs(costs)}", page
 
@@ -74,14 +76,13 @@ def save_overview(folder: Workdir, source: Source | None) -> Path | None:
         paths = [samples_path(folder, stage.name, num_steps, w, sampler) for sampler in samplers]
         path = next(filter(Path.exists, paths), None)
         if num_steps and path:
-            with np.load(path) as kept:
-                first = _first_of_each_class(kept["labels"], folder.facts.num_classes)
-                name = (
-                    f"teacher, {num_steps} steps"
-                    if stage.name == "teacher"
-                    else f"{'stochastic ' * (stage.method == 'stochastic')}student, {tables.steps_text(num_steps)}"
-                )
-                rows.append((name, kept["images"][first]))
+            pictures, labels = _samples(path, folder.facts.image_shape)
+            name = (
+                f"teacher, {num_steps} steps"
+                if stage.name == "teacher"
+                else f"{'stochastic ' * (stage.method == 'stochastic')}student, {tables.steps_text(num_steps)}"
+            )
+            rows.append((name, pictures[_first_of_each_class(labels, folder.facts.num_classes)]))
     if not rows:
         return None
     if source is not None:
@@ -91,6 +92,20 @@ def save_overview(folder: Workdir, source: Source | None) -> Path | None:
     tiles = np.concatenate([row[:columns] for _, row in rows])
     picture = images.grid(tiles, len(rows), columns, row_labels=[name for name, _ in rows])
     return images.save_png(folder.path / "overview.png", picture)
+
+
+def _samples(path: Path, image_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) that an evaluation has kept."""
+    try:
+        arrays = read_npz(path, most=SHOWN * (4 * math.prod(image_shape) + 1024) + (1 << 16))
+        pictures, labels = arrays["images"], arrays["labels"]
+        if pictures.shape != (*labels.shape, *image_shape) or labels.ndim != 1 or pictures.dtype != np.uint8:
+            raise ValueError(f"its images are {pictures.dtype} {pictures.shape}, its labels {labels.shape}")
+    except (ValueError, KeyError) as error:
+        raise results.ResultsError(
+            f"{path} cannot be read ({error}). Delete it; --mode=evaluate makes it again."
+        ) from error
+    return pictures, labels
 
 
 def _first_of_each_class(labels: np.ndarray, num_classes: int, count: int = 2) -> np.ndarray:
@@ -142,11 +157,46 @@ def _losses(folder: Workdir) -> Iterator[dict[str, Any]]:
     file = folder.path / "metrics.jsonl"
     if not file.exists():
         return
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # a line that a kill cut short; the next start of the stage removes it
+            entry = parse_object(line)
+            if _is_of_metrics(entry):
+                yield entry
+
+
+def _is_of_metrics(entry: dict[str, Any]) -> bool:
+    """Whether a line is one that plots and tables can be made of."""
+
+    def is_number(value: Any) -> bool:
+        return value is None or (isinstance(value, int | float) and abs(value) < 1e300)
+
+    bins = entry.get("loss_by_log_snr") or []
+    return (
+        isinstance(entry.get("stage"), str)
+        and isinstance(entry.get("step"), int)
+        and 0 <= entry["step"] < 2**63
+        and is_number(entry.get("loss"))
+        and isinstance(bins, list)
+        and all(map(is_number, bins))
+    )
+
+
+def _transfers(folder: Workdir) -> Iterator[dict[str, Any]]:
+    """The records of the transfers that were made."""
+    for text in folder.config.evaluation.transfers:
+        path = record_path(folder, text)
+        if not path.exists():
+            continue
         try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # the line that a kill cut short; the next start of the stage removes it
+            record = read_json(path)
+            if record["transfer"] != text:
+                raise ValueError(f"it is of the transfer {shown(record['transfer'])}")
+            transfer_section.sections(path.parent, [record])  # so that its fields are those that the report shows
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise results.ResultsError(
+                f"{path} cannot be read ({error}). Delete it; --mode=evaluate makes the transfer again."
+            ) from error
+        yield record
 
 
 def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
@@ -155,12 +205,13 @@ def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
     found = []
     for path in (folder.path / "grids").glob("w*/*.png"):
         match = _GRID.fullmatch(path.name)
-        if match and match["stage"] in order:
+        weight = _WEIGHT.fullmatch(path.parent.name)
+        if match and weight and match["stage"] in order and path.is_file():
             entry = {
                 "path": path,
                 "stage": match["stage"],
                 "num_steps": int(match["steps"]),
-                "w": float(path.parent.name[1:]),
+                "w": float(weight[1]),
             }
             if match["sampler"]:
                 label = tables.row_label(match["stage"], int(match["steps"]), match["sampler"])
@@ -170,8 +221,8 @@ def _grids(folder: Workdir) -> Iterator[dict[str, Any]]:
 
 
 def _facts(folder: Workdir) -> dict[str, Any]:
-    record = json.loads((folder.path / "config.json").read_text(encoding="utf-8"))
-    first = record.get("starts", [{}])[0]
+    starts = folder.starts()
+    first = starts[0] if starts else {}
     last = chain.plan(folder.config)[-1]
     height, width, channels = folder.facts.image_shape
     measured = results.read(folder.path / RESULTS)
@@ -184,7 +235,7 @@ def _facts(folder: Workdir) -> dict[str, Any]:
         "seed": folder.config.seed,
         "samples per measurement": folder.config.evaluation.num_samples,
         "hardware": measured[-1]["hardware"] if measured else "unknown",
-        "started": first.get("time", "unknown") + f", {len(record.get('starts', [])) or 'unknown'} start(s)",
+        "started": first.get("time", "unknown") + f", {len(starts) or 'unknown'} start(s)",
         "command": " ".join(first.get("command_line", [])),
         "git revision": first.get("git_revision", "unknown"),
         "versions": ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items()),

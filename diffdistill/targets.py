@@ -16,6 +16,7 @@ from diffdistill import chain
 from diffdistill.chain import Stage
 from diffdistill.config import DisbackConfig
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.json_files import read_json
 from diffdistill.methods import walk
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
@@ -71,11 +72,11 @@ def path_losses(folder: Workdir, stage: Stage, mesh: Mesh, read: Read) -> list[f
 
 def _read(file: Path, count: int) -> list[float]:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         found = np.array(record["loss"], np.float64)
         if record.get("blake2b", _digest(found.tolist())) != _digest(found.tolist()):
             raise ValueError("it is not as it was written: the checksums differ")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}). Delete it, and it is measured again.") from error
     if found.shape != (count,):
         raise CheckpointError(f"{file} holds {found.size} losses, expected {count}. Delete it; it is measured again.")

@@ -19,6 +19,7 @@ from diffdistill.evaluation import features, images
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.generator import Generator, SampleError
+from diffdistill.json_files import read_json
 from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.transfer import Pair, Transfer, figures, many_step_noise, pairs, transfer
@@ -167,7 +168,10 @@ def _is_made(path: Path, key: dict[str, Any]) -> bool:
 
     def made() -> bool:
         there = path.exists() and path.with_suffix(".png").exists()
-        return there and json.loads(path.read_text(encoding="utf-8")).get("key") == key
+        try:
+            return there and read_json(path).get("key") == key
+        except ValueError:
+            return False  # damaged: it is made again
 
     return processes.on_main(made)
 

@@ -21,6 +21,7 @@ from diffdistill.config import Config
 from diffdistill.data import remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.json_files import read_json
 from diffdistill.training import processes
 
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
@@ -33,6 +34,7 @@ _LATER = {
     "encoder": ("encoder_*",),
     "disback": ("degradation", "one_step"),
 }
+_MOST_CLASSES, _LONGEST_SIDE = 10**7, 2**16
 _LOCK = ".lock"
 _held: set[Path] = set()  # the folders that this process trains in
 
@@ -63,6 +65,10 @@ class Workdir:
         if not self.has_data:
             changed = dataclasses.replace(changed, data=config.data)
         return dataclasses.replace(self, config=changed)
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What config.json says of each start: versions, git_revision, command_line and time, where it says them."""
+        return _load(self.path / "config.json").get("starts", [])
 
 
 def create(path: str | os.PathLike[str], config: Config, facts: DataFacts, fingerprint: str | None) -> Workdir:
@@ -194,13 +200,39 @@ def _located(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 def _opened(folder: Path, record: dict[str, Any]) -> Workdir:
     try:
         data = record["data"]
-        facts = DataFacts(
-            tuple(data["image_shape"]), data["num_classes"], tuple(data["class_names"]), data.get("latents", False)
-        )
+        facts = _facts(data["image_shape"], data["num_classes"], data["class_names"], data.get("latents", False))
         return Workdir(folder, configs.resolve(record["config"]), facts, data["fingerprint"] is not None)
-    except (KeyError, TypeError, configs.ConfigError) as error:
+    except (KeyError, configs.ConfigError) as error:
         file = folder / "config.json"
         raise WorkdirError(f"{file} was not written by this version of diffdistill: {error}") from error
+
+
+def _facts(image_shape: Any, num_classes: Any, class_names: Any, latents: Any) -> DataFacts:
+    """What a record says of the data; ConfigError where it cannot be so."""
+
+    def is_whole(value: Any, low: int, high: int) -> bool:
+        return isinstance(value, int) and low <= value <= high
+
+    sides = image_shape if isinstance(image_shape, list) else []
+    for name, value, fits, expected in (
+        (
+            "image_shape",
+            image_shape,
+            len(sides) == 3 and all(is_whole(side, 1, _LONGEST_SIDE) for side in sides),
+            f"[height, width, channels], each from 1 to {_LONGEST_SIDE}",
+        ),
+        ("num_classes", num_classes, is_whole(num_classes, 0, _MOST_CLASSES), f"from 0 to {_MOST_CLASSES}"),
+        (
+            "class_names",
+            class_names,
+            isinstance(class_names, list) and all(isinstance(name, str) for name in class_names),
+            "a list of names",
+        ),
+        ("latents", latents, isinstance(latents, bool), "true or false"),
+    ):
+        if not fits:
+            raise configs.ConfigError(f"data.{name} is {fields.shown(value)}, but must be {expected}")
+    return DataFacts(tuple(sides), num_classes, tuple(class_names), latents)
 
 
 def _of_a_run(file: Path) -> dict[str, Any]:
@@ -217,10 +249,27 @@ def has_checkpoints(folder: Path, stage: str = "*") -> bool:
 
 
 def _load(file: Path) -> dict[str, Any]:
+    """What a config.json records; where it has "config", "data", "imported" and "starts" they are of the right type."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
+        starts = record.get("starts", [])
+        types: dict[str, Any] = {"config": dict, "data": dict, "imported": bool, "starts": list}
+        for name, kind in types.items():
+            if not isinstance(record.get(name, kind()), kind):
+                raise ValueError(f"its {name!r} is {fields.shown(record[name])}")
+        if not all(map(_is_a_start, starts)):
+            raise ValueError(f"its 'starts' are {fields.shown(starts)}")
     except (OSError, ValueError) as error:
         raise WorkdirError(f"{file} cannot be read: {error}. Restore it, or choose another --workdir.") from error
+    return record
+
+
+def _is_a_start(start: Any) -> bool:
+    if not isinstance(start, dict):
+        return False
+    line = start.get("command_line", [])
+    texts = [start.get("time", ""), start.get("git_revision", ""), *(line if isinstance(line, list) else [None])]
+    return isinstance(start.get("versions", {}), dict) and all(isinstance(text, str) for text in texts)
 
 
 def _check_same(file: Path, record: dict[str, Any]) -> None:
@@ -239,7 +288,8 @@ def _check_same(file: Path, record: dict[str, Any]) -> None:
     data = {"latents": False, **before.get("data", {})}  # of a run that is older than latents
     if unbound:  # only the shape of the images is given
         here = {**record["data"], **{name: data.get(name) for name in ("fingerprint", "class_names")}}
-        if not there.get("model", {}).get("conditional"):
+        model = there.get("model")
+        if not (isinstance(model, dict) and model.get("conditional")):
             here["num_classes"] = data.get("num_classes")
         record = {**record, "config": {**record["config"], "data": there.get("data")}, "data": here}
     changes = fields.differences(trained(there), trained(record["config"]))

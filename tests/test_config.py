@@ -55,6 +55,7 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one():
         ("model.multipliers", (1, 2.5), "whole number"),
         ("teacher.anneal", "cosine", "constant, linear"),
         ("teacher", 5, "group of fields"),
+        ("teacher.learning_rate", 10**400, "too large for a number"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expected):
@@ -130,12 +131,37 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_place(path, value, expect
         ({"sampling": {"s_churn": -1.0}}, ["config.sampling.s_churn", "at least 0.0"]),
         ({"sampling": {"sigma_min": 90.0}}, ["config.sampling", "sigma_min=90", "no noise levels"]),
         ({"process": {"log_snr_max": -10.0}}, ["config.sampling", "leave no noise levels of the schedule 'cosine'"]),
+        # Numbers that would fill the memory, never end or end in a traceback.
+        ({"process": {"schedule": "discrete_cosine", "num_train_steps": 10**8}}, ["num_train_steps is 1", "at most 1"]),
+        ({"data": {"latent_shift": (0.0, 10**400)}}, ["config.data.latent_shift[1]", "too large"]),
+        ({"teacher": {"weight_decay": float("nan")}}, ["config.teacher.weight_decay is nan"]),
+        ({"teacher": {"weight_shift": -1e31}}, ["config.teacher.weight_shift", "at least -1e+30"]),
+        ({"teacher": {"batch_size": 1 << 20_000}}, ["config.teacher.batch_size", "thousands of digits"]),
+        ({"teacher": {"parts": 10**30}}, ["config.teacher.parts", "at most"]),
+        ({"model": {"channels": 10**21}}, ["config.model.channels", "at most"]),
+        ({"model": {"multipliers": (0, 2)}}, ["config.model.multipliers[0] is 0", "at least 1"]),
+        ({"model": {"multipliers": (1,) * 100}}, ["config.model.multipliers has 100 entries"]),
+        ({"model": {"num_heads": 0}}, ["config.model.num_heads is 0", "at least 1"]),
+        ({"model": {"blocks_per_level": 10**8}}, ["config.model.blocks_per_level", "at most 100"]),
+        ({"progressive": {"start_steps": 2**60}}, ["config.progressive.start_steps", "at most"]),
+        ({"sampling": {"rho": float("inf")}}, ["config.sampling.rho is inf", "at most"]),
+        (
+            {"evaluation": {"transfers": ("/tmp/evil to 8",)}},
+            ["config.evaluation.transfers", "'/tmp/evil to 8'", "slash"],
+        ),
+        ({"evaluation": {"transfers": ("8 to ../evil",)}}, ["config.evaluation.transfers", "'8 to ../evil'", "number"]),
     ],
 )
 def test_impossible_choices_are_refused(groups, words):
     text = message(**groups)
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../..", ".hidden", "a/b", "a\\b", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_of_runs_is_refused(name):
+    with pytest.raises(ConfigError, match=r"config\.name is .*--workdir=FOLDER"):
+        resolve({**changed().to_dict(), "name": name})
 
 
 def test_images_that_the_network_cannot_halve_are_refused():

@@ -21,6 +21,7 @@ VP_BETA_D, VP_BETA_MIN = 19.9, 0.1  # Song et al. 2021, as in Karras et al. 2022
 VE_SIGMA_MAX = 100.0
 EDM_SIGMA_MAX = 80.0
 KARRAS_RHO = 7.0
+MOST_TRAIN_STEPS = 10**6  # of discrete schedules, which are tables
 _RATE_POINTS = 4097
 
 
@@ -190,7 +191,8 @@ def get(name: str, *, log_snr_min: float = -20.0, log_snr_max: float = 20.0, num
     """Returns the schedule called `name`, one of SCHEDULES, clipped to [log_snr_min, log_snr_max].
 
     `num_train_steps` is read by the discrete ones only. ValueError for an unknown name, bounds that are not increasing
-    or reach beyond +-60 (float32 loses sigma or alpha there), and a T below 2, or so small that a beta reaches 1.
+    or reach beyond +-60 (float32 loses sigma or alpha there), and a T below 2, so small that a beta reaches 1, or above
+    MOST_TRAIN_STEPS.
     """
     make = names.choose(SCHEDULES, name, "schedule")
     if not -60.0 <= log_snr_min < log_snr_max <= 60.0:
@@ -200,6 +202,8 @@ def get(name: str, *, log_snr_min: float = -20.0, log_snr_max: float = 20.0, num
     smallest = 21 if name == "discrete_linear" else 2  # its last beta is 20/T
     if name.startswith("discrete") and num_train_steps < smallest:
         raise ValueError(f"num_train_steps={num_train_steps}: the {name} schedule needs at least {smallest}")
+    if name.startswith("discrete") and num_train_steps > MOST_TRAIN_STEPS:
+        raise ValueError(f"num_train_steps={num_train_steps}: a discrete schedule has at most {MOST_TRAIN_STEPS}")
     return make(float(log_snr_min), float(log_snr_max), num_train_steps)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ def _losses(drawings: Drawings, losses: Sequence[Entry]) -> str:
         return page.missing("No loss curves recorded.")
     content = []
     for stage, (steps, values) in curves.items():
-        name = f"loss_{stage or 'unnamed'}.png"
+        name = f"loss_{re.sub(r'[^A-Za-z0-9_]', '_', stage)[:100] or 'unnamed'}.png"  # it may say anything
         light = drawings.png(name, plots.loss_plot, stage, steps, values)
         dark = drawings.png(f"dark/{name}", plots.loss_plot, stage, steps, values, plots.DARK)
         content.append(page.figure(light, f"training loss of {stage}", dark=dark, width=plots.LOSS_WIDTH))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -11,26 +10,40 @@ from pathlib import Path
 from typing import Any
 
 from diffdistill.evaluation import program
+from diffdistill.fields import shown
+from diffdistill.json_files import parse_object
 
 Record = dict[str, Any]
 Key = tuple[Any, ...]
 
+_TEXT, _COUNT, _NUMBER = "text", "a whole number from 0 to 2^63", "a finite number"
+_WEIGHT, _RANGE, _NUMBERS = "a finite number or null", "two finite numbers", "numbers by name"
 # `w` is None for networks without guidance; `num_samples` counts images, `network_evaluations` those per image.
-REQUIRED = (
-    "stage",
-    "num_steps",
-    "network_evaluations",
-    "sampler",
-    "w",
-    "metric",
-    "value",
-    "num_samples",
-    "seed",
-    "hardware",
-    "wall_time",
-    "date",
-    "params_hash",
-)
+_KINDS = {
+    "stage": _TEXT,
+    "num_steps": _COUNT,
+    "network_evaluations": _COUNT,
+    "sampler": _TEXT,
+    "w": _WEIGHT,
+    "metric": _TEXT,
+    "value": _NUMBER,
+    "num_samples": _COUNT,
+    "seed": _COUNT,
+    "hardware": _TEXT,
+    "wall_time": _NUMBER,
+    "date": _TEXT,
+    "params_hash": _TEXT,
+}
+REQUIRED = tuple(_KINDS)
+# Fields that not every record has, but that tables rely on where they are.
+_OPTIONAL = {
+    "protocol": _TEXT,
+    "weights_sha256": _TEXT,
+    "update": _COUNT,
+    "average": _COUNT,
+    "guidance_range": _RANGE,
+    "weight_settings": _NUMBERS,
+}
 # What makes two measurements the same one. Retrained parameters have another hash and are measured again.
 IDENTITY = ("stage", "num_steps", "sampler", "w", "metric", "num_samples", "seed", "params_hash", "protocol")
 
@@ -78,7 +91,8 @@ def record(
 def append(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
     """Appends records in one write and flushes them to disk; a torn line left by a killed process is removed first.
 
-    Raises ResultsError when a record lacks a required field or its value is not a finite number.
+    Raises ResultsError when a record lacks a required field or one is of another kind, such as a value that is not a
+    finite number.
     """
     lines = [_line(entry) for entry in records]
     path = Path(path)
@@ -97,7 +111,8 @@ def append(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -
 def read(path: str | os.PathLike[str]) -> list[Record]:
     """All records in order; none when the file does not exist. A torn last line is left out.
 
-    Raises ResultsError naming file and line where any other line is not a JSON object.
+    Raises ResultsError naming file and line where any other line is not a record: it is no JSON object, lacks a
+    required field or has one of another kind.
     """
     path = Path(path)
     if not path.exists():
@@ -108,9 +123,13 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
         if not line.strip():
             continue
         try:
-            entry = dict(json.loads(line))
-        except (ValueError, TypeError) as error:
+            entry = parse_object(line)
+        except ValueError as error:
             raise ResultsError(f"{path}, line {number}: not a JSON object ({error}); correct or delete it") from error
+        try:
+            _check(entry)
+        except ResultsError as error:
+            raise ResultsError(f"{path}, line {number}: {error}; correct or delete it") from error
         records.append(entry)
     return records
 
@@ -146,13 +165,40 @@ def finished(records: Iterable[Mapping[str, Any]]) -> set[Key]:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
+    _check(entry)
+    return json.dumps(dict(entry), allow_nan=False) + "\n"
+
+
+def _check(entry: Mapping[str, Any]) -> None:
     missing = [name for name in REQUIRED if name not in entry]
     if missing:
         raise ResultsError(f"a result lacks {', '.join(missing)}; every line needs {', '.join(REQUIRED)}")
-    value = entry["value"]
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ResultsError(f"{entry['stage']}, {entry['metric']}: expected a finite number as value; given {value!r}")
-    return json.dumps(dict(entry), allow_nan=False) + "\n"
+    for name, kind in _KINDS.items():
+        _check_kind(entry, name, kind)
+    for name, kind in _OPTIONAL.items():
+        if entry.get(name) is not None:
+            _check_kind(entry, name, kind)
+
+
+def _check_kind(entry: Mapping[str, Any], name: str, kind: str) -> None:
+    value = entry[name]
+    if kind == _TEXT:
+        fits = isinstance(value, str)
+    elif kind == _COUNT:
+        fits = isinstance(value, int) and 0 <= value < 2**63
+    elif kind == _RANGE:
+        fits = isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_finite, value))
+    elif kind == _NUMBERS:
+        fits = isinstance(value, dict) and all(map(_is_finite, value.values()))
+    else:
+        fits = _is_finite(value) or (kind == _WEIGHT and value is None)
+    if not fits:
+        raise ResultsError(f"{entry['stage']}, {entry['metric']}: expected {kind} as {name}; given {shown(value)}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that calculations can begin with."""
+    return isinstance(value, int | float) and abs(value) <= 1e300
 
 
 def _drop_torn_line(file: Any) -> None:

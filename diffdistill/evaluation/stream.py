@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 import shutil
 import time
 from collections import deque
@@ -23,9 +24,12 @@ import jax
 import numpy as np
 
 from diffdistill.evaluation import moments, scores
+from diffdistill.evaluation.arrays import read_npz
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.moments import Moments, Reservoir
+from diffdistill.evaluation.results import ResultsError
 from diffdistill.evaluation.scores import ScoreSums
+from diffdistill.json_files import read_json
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.errors import OtherProcessFailed
@@ -35,6 +39,7 @@ from diffdistill.training.progress import make_progress
 SAVE_SECONDS = 120.0  # between two saves: a save writes about 0.15 GB
 POOL, SPATIAL, LOGITS = "2048", "sfid", "logits_unbiased"
 TAPS = (POOL, SPATIAL, LOGITS)
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class EvaluationInterrupted(Exception):
@@ -110,14 +115,18 @@ class Partial:
         return self.folder / hashlib.sha256(self.identity.encode()).hexdigest()[:16]
 
     def load(self, empty: ImageStatistics) -> tuple[int, float, ImageStatistics]:
-        """(images done, seconds that took, what to start from): all on the main process, nothing on the others."""
+        """(images done, seconds that took, what to start from): all on the main process, nothing on the others.
+
+        Raises ResultsError where what was kept is damaged.
+        """
         done = processes.on_main(self._done)
         if not done or not processes.is_main():
             return done, 0.0, empty
-        return done, self._about(done)["seconds"], self._merged(done)
+        return done, self._about(done)[1], self._merged(done, empty)
 
     def _done(self) -> int:
-        return max((int(path.parent.name) for path in self.path.glob("*/complete")), default=0)
+        names = (path.parent.name for path in self.path.glob("*/complete"))
+        return max((int(name) for name in names if _NUMBER.fullmatch(name)), default=0)
 
     def save(self, done: int, seconds: float, statistics: ImageStatistics) -> None:
         """Writes all processes' shares of the first `done` images. All of them call it together."""
@@ -141,7 +150,7 @@ class Partial:
         about = json.dumps({"processes": jax.process_count(), "seconds": seconds})
         write_atomically(folder / "complete", lambda file: file.write(about.encode()))
         for other in self.path.iterdir():
-            if int(other.name) < done:
+            if _NUMBER.fullmatch(other.name) and int(other.name) < done:
                 shutil.rmtree(other)
 
     def collect(self, done: int, seconds: float, statistics: ImageStatistics) -> ImageStatistics:
@@ -149,7 +158,7 @@ class Partial:
         if jax.process_count() == 1:
             return statistics
         self.save(done, seconds, statistics)
-        return self._merged(done) if processes.is_main() else statistics
+        return self._merged(done, statistics) if processes.is_main() else statistics
 
     def remove(self) -> None:
         """Deletes the saved state, once the figures themselves are written."""
@@ -158,19 +167,37 @@ class Partial:
             with contextlib.suppress(OSError):  # others have something there, or nothing was ever saved
                 self.folder.rmdir()
 
-    def _about(self, done: int) -> dict[str, Any]:
-        return json.loads((self.path / str(done) / "complete").read_text())
+    def _about(self, done: int) -> tuple[int, float]:
+        """(how many processes wrote the first `done` images, seconds that they took)."""
+        file = self.path / str(done) / "complete"
+        try:
+            about = read_json(file)
+            count, seconds = int(about["processes"]), float(about["seconds"])
+            if count < 1:
+                raise ValueError(f"of {count} processes")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            raise self._damaged(file, error) from error
+        return count, seconds
 
-    def _merged(self, done: int) -> ImageStatistics:
+    def _merged(self, done: int, like: ImageStatistics) -> ImageStatistics:
         folder = self.path / str(done)
-        parts = []
-        for index in range(self._about(done)["processes"]):
-            with np.load(folder / f"process_{index:04d}.npz", allow_pickle=False) as file:
-                parts.append(from_arrays(file))
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merge(merged, part)
+        merged = None
+        for index in range(self._about(done)[0]):
+            file = folder / f"process_{index:04d}.npz"
+            try:
+                part = from_arrays(read_npz(file, most=_most_bytes(like)))
+                _check_alike(part, like)
+                merged = part if merged is None else merge(merged, part)
+            except (ValueError, KeyError) as error:
+                raise self._damaged(file, error) from error
+        assert merged is not None
         return merged
+
+    def _damaged(self, file: Path, error: Exception) -> ResultsError:
+        return ResultsError(
+            f"{file}, where an evaluation that was stopped kept what it had, cannot be read ({error}). Delete "
+            f"{self.path}; the same command then starts this measurement anew."
+        )
 
 
 @dataclass(frozen=True)
@@ -348,3 +375,22 @@ def from_arrays(arrays: Mapping[str, Any]) -> ImageStatistics:
         for part, kind in _PARTS.items()
     }
     return ImageStatistics(**parts)
+
+
+def _most_bytes(like: ImageStatistics) -> int:
+    """A bound for the file of statistics of that kind, however many features it keeps."""
+    kept = like.features
+    rows = kept.capacity * (8 + kept.features.itemsize * kept.features.shape[1])
+    return sum(np.asarray(array).nbytes for array in to_arrays(like).values()) + rows + (1 << 16)
+
+
+def _check_alike(found: ImageStatistics, like: ImageStatistics) -> None:
+    """Raises ValueError where statistics are not of the same features."""
+    expected = to_arrays(like)
+    for name, value in to_arrays(found).items():
+        one, other = np.asarray(value), np.asarray(expected[name])
+        rows = int(name.startswith("features_") and one.ndim > 0)  # their number is free
+        if one.dtype.kind != other.dtype.kind or one.ndim != other.ndim or one.shape[rows:] != other.shape[rows:]:
+            raise ValueError(f"its {name} is {one.dtype}{list(one.shape)}, expected {other.dtype}{list(other.shape)}")
+    if len(found.features.numbers) != len(found.features.features):
+        raise ValueError("its features have not as many numbers")

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from diffdistill.json_files import read_json
 
 FILE = "checksums.json"
 
@@ -34,20 +37,20 @@ def check(folder: Path, items: Iterable[str]) -> None:
     Does nothing without checksums.json, as in checkpoints that are older than it.
 
     Raises:
-      Damaged: a file differs or is missing.
+      Damaged: a file differs, is missing or is no file, or checksums.json itself is damaged or names files elsewhere.
       OSError: a file is there and cannot be read.
     """
     try:
-        sums = dict(json.loads((folder / FILE).read_text())["blake2b"])
+        sums = _read(folder)
     except FileNotFoundError:
         return
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"its {FILE} cannot be read: {error}") from error
     wanted = set(items)
     names = [name for name in sums if name.split("/")[0] in wanted]
 
     def compare(name: str) -> None:
         try:
+            if not stat.S_ISREG((folder / name).stat().st_mode):  # a device, for one, need not end
+                raise Damaged(f"its file {name} is no file")
             found = _digest(folder / name)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Damaged(f"its file {name} is missing") from error
@@ -62,11 +65,24 @@ def check(folder: Path, items: Iterable[str]) -> None:
 def are_right(folder: Path) -> bool:
     """Whether all files that `folder`/checksums.json lists are there as they were written; False without it."""
     try:
-        items = {name.split("/")[0] for name in json.loads((folder / FILE).read_text())["blake2b"]}
-        check(folder, items)
-    except (OSError, ValueError, TypeError, KeyError, Damaged):
+        check(folder, {name.split("/")[0] for name in _read(folder)})
+    except (OSError, Damaged):
         return False
     return True
+
+
+def _read(folder: Path) -> dict[str, str]:
+    """The checksums by the names of files below `folder`; Damaged where that is not what is there."""
+    try:
+        sums = read_json(folder / FILE)["blake2b"]
+        if not isinstance(sums, dict):
+            raise ValueError("it holds no checksums by the names of files")
+        for name in sums:
+            if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+                raise ValueError(f"it names {name[:200]!r}, which is no file of a checkpoint")
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"its {FILE} cannot be read: {error}") from error
+    return sums
 
 
 def _sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from diffdistill.json_files import parse_object
 from diffdistill.training import processes
 from diffdistill.training.errors import MetricsError
 
@@ -156,7 +157,7 @@ def _drop_lines_after(path: Path, stage: str, step: int) -> None:
 
     def keep(line: str) -> bool:
         try:
-            entry = json.loads(line)
+            entry = parse_object(line)
             return entry["stage"] != stage or entry["step"] <= step
         except (ValueError, KeyError, TypeError):
             return False

@@ -91,3 +91,33 @@ def test_incomplete_and_infinite_results_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="finite number as value; given nan"):
         results.append(path, [measured(value=float("nan"))])
     assert results.read(path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stage": [1]}, "text as stage"),
+        ({"w": "x"}, "a finite number or null as w"),
+        ({"w": 10**400}, "a finite number or null as w"),
+        ({"value": "abc"}, "a finite number as value"),
+        ({"value": float("nan")}, "a finite number as value"),
+        ({"num_steps": 10**400}, "a whole number from 0 to 2.63 as num_steps"),
+        ({"num_samples": None}, "a whole number from 0 to 2.63 as num_samples"),
+        ({"date": 5}, "text as date"),
+        ({"weights_sha256": 5}, "text as weights_sha256"),
+        ({"guidance_range": [1]}, "two finite numbers as guidance_range"),
+        ({"weight_settings": {"gamma": "x"}}, "numbers by name as weight_settings"),
+    ],
+)
+def test_a_record_that_no_table_can_be_made_of_is_named_by_its_line(tmp_path, changes, words) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(measured()) + "\n" + json.dumps({**measured(), **changes}) + "\n")
+    with pytest.raises(results.ResultsError, match=rf"results\.jsonl, line 2: .*expected {words}"):
+        results.read(path)
+
+
+@pytest.mark.parametrize(("line", "words"), [("{}", "lacks stage"), ("[" * 100_000, "not a JSON object")])
+def test_a_line_that_is_no_record_is_named(tmp_path, line: str, words: str) -> None:
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(results.ResultsError, match=rf"results\.jsonl, line 1: .*{words}"):
+        results.read(tmp_path / "results.jsonl")

@@ -143,3 +143,102 @@ def evil_pickles(owned: Path) -> dict[str, bytes]:
     found["large memo"] = b"\x80\x04Nr" + struct.pack("<I", 0x7FFFFFF0) + b"."
     found["large frame"] = b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + b"N."
     return found
+
+
+def nested_tuples(depth: int = 28) -> bytes:
+    """The inside of a pickle: a tuple of itself twice, `depth` times; its hash and its text take 2^depth steps."""
+    return b")" + b"2\x86" * depth
+
+
+def hash_bombs() -> dict[str, bytes]:
+    """Pickles that hash nested tuples, by each way a pickle has of filling a dict or a set."""
+    deep = nested_tuples()
+    return {
+        "hash of a key": b"\x80\x02}" + deep + b"K\x01s.",
+        "hash of keys": b"\x80\x02}(" + deep + b"K\x01u.",
+        "hash in a dict": b"\x80\x02(" + deep + b"K\x01d.",
+        "hash in a set": b"\x80\x04(" + deep + b"\x91.",
+        "text of a type": b"\x80\x02cnumpy\ndtype\n" + nested_tuples(28) + b"\x85R.",
+        "itself in a list": b"\x80\x02}U\x01a]q\x00h\x00as.",
+    }
+
+
+def npz_bombs(member: str, owned: Path, descr: str = "|u1") -> dict[str, bytes]:
+    """Files of one array that is not what its header says."""
+    name = f"{member}.npy"
+    return {
+        "shape.npz": zipped({name: npy_header("(1099511627776, 32, 32, 3)", descr)}),
+        "huge shape.npz": zipped({name: npy_header("(9223372036854775807, 9223372036854775807)", descr)}),
+        "negative.npz": zipped({name: npy_header("(-5, 4, 4, 3)", descr)}),
+        "bomb.npz": zip_bomb(name, npy_header("(1048576, 32, 32, 3)", descr)),
+        "objects.npz": zipped({name: npy(np.array([Evil(os.system, f"touch {owned}")], object))}),
+        "header.npz": zipped({name: b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535}),
+        "header 2.npz": zipped({name: b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b"1+" * 5000}),
+        "name.npz": bad_name(zipped({name: npy(np.zeros(3))})),
+    }
+
+
+def bad_name(archive: bytes) -> bytes:
+    """A zip file the name of whose first entry is no UTF-8."""
+    data = bytearray(archive)
+    at = data.rfind(b"PK\1\2")
+    data[at + 9] |= 8
+    data[at + 46] = 0xFF
+    return bytes(data)
+
+
+def lying_zip(name: str, start: bytes) -> bytes:
+    """A bomb whose directory claims to have stored nearly as much as it unpacks to."""
+    data = bytearray(zip_bomb(name, start))
+    at = data.rfind(b"PK\1\2")
+    data[at + 20 : at + 24] = struct.pack("<I", BOMB >> 2)
+    return bytes(data)
+
+
+def tar_header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """A block of a tar file with a size as it is given."""
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:124] = b"0000644\0" + b"0000000\0" * 2
+    block[124:148] = size + b"00000000000\0"
+    block[156:157], block[257:265], block[148:156] = kind, b"ustar\x0000", b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def negative_tar() -> bytes:
+    """Its second entry leads back to itself."""
+    empty = tar_header(b"a/0.png", b"00000000000\0")
+    return empty + tar_header(b"a/1.png", b"\xff" * 10 + struct.pack(">h", -512)) + bytes(2048)
+
+
+def long_name_tar(components: int = 100_000) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("b/" + "/".join("a" * components) + "/x.png")
+        info.size = len(picture())
+        archive.addfile(info, io.BytesIO(picture()))
+    return stream.getvalue()
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 6 6
+%%EndComments
+(%stderr) (w) file (EXECUTED) writestring
+showpage
+%%EOF
+"""
+
+
+def deflated_storage(tensors: int = 16, size: int = 48 << 20) -> bytes:
+    """A torch file of so many tensors of one storage of zeros, which is compressed."""
+
+    def text(word: str) -> bytes:
+        return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+    count = struct.pack("<i", size // 4)
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"J" + count + b"tQq\x020"
+    tensor = b"h\x01(h\x02K\x00J" + count + b"\x85K\x01\x85tR"
+    content = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x010" + storage
+    content += b"}(" + b"".join(text(f"t{number}") + tensor for number in range(tensors)) + b"u."
+    return zipped({"x/data.pkl": content, "x/version": b"3", "x/data/0": bytes(size)})
