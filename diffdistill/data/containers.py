@@ -14,7 +14,7 @@ import posixpath
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,28 +152,35 @@ def _uncompressed(opener: Callable[..., object], path: Path) -> BinaryIO:
 
 
 def _compressed_tar(path: Path, opener: Callable[[], BinaryIO], unpack_to: Path | None) -> Container:
-    stored = path.stat().st_size
     if unpack_to is not None:
         if not unpack_to.exists():
             part = unpack_to.with_name(unpack_to.name + ".part")
             try:
-                with opener() as file, part.open("wb") as plain:
-                    while block := file.read(2**20):
-                        plain.write(block)
-                        check_expansion(str(path), stored, plain.tell())
+                with part.open("wb") as plain:
+                    plain.writelines(_unpacked(path, opener))
                 part.replace(unpack_to)
             finally:
                 part.unlink(missing_ok=True)  # after a full disk, give the space back
         return _tar(path, unpack_to)
+    content = bytearray()
+    for block in _unpacked(path, opener):
+        content += block
+        if len(content) > MEMORY_LIMIT:
+            raise DataError(
+                f"{path} is a compressed tar of more than {MEMORY_LIMIT // 2**20} MiB, which has no random access. Run "
+                f"--mode=prepare once to turn it into ArrayRecord, or unpack it"
+            )
+    return _tar(path, bytes(content))
+
+
+def _unpacked(path: Path, opener: Callable[[], BinaryIO]) -> Iterator[bytes]:
+    """What is compressed in a file, in blocks. Raises DataError where that would be far more than the file."""
+    stored, size = path.stat().st_size, 0
     with opener() as file:
-        content = file.read(MEMORY_LIMIT + 1)
-    if len(content) > MEMORY_LIMIT:
-        raise DataError(
-            f"{path} is a compressed tar of more than {MEMORY_LIMIT // 2**20} MiB, which has no random access. Run "
-            f"--mode=prepare once to turn it into ArrayRecord, or unpack it"
-        )
-    check_expansion(str(path), stored, len(content))
-    return _tar(path, content)
+        while block := file.read(2**20):
+            size += len(block)
+            check_expansion(str(path), stored, size)
+            yield block
 
 
 class _Member(tarfile.TarInfo):

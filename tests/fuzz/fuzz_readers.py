@@ -190,7 +190,7 @@ def attempt(
     watched = reset_peak()
     before, begun = held("VmRSS") if watched else 0, time.process_time()
     outcome, detail = "accepted", ""
-    faulthandler.dump_traceback_later(STUCK, exit=True)
+    faulthandler.dump_traceback_later(STUCK, exit=True, file=sys.__stderr__)
     try:
         with watch.watching(), timed(10 * seconds):
             reader.read(path)
