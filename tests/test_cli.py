@@ -142,7 +142,15 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
 
 
 def test_a_device_without_enough_memory_is_one_message(tmp_path):
-    done = main(*(SMOKE, "--mode=train", f"--workdir={tmp_path}", "--config.model.channels=60000"))
+    done = main(
+        *(
+            SMOKE,
+            "--mode=train",
+            f"--workdir={tmp_path}",
+            "--config.model.channels=16384",
+            "--config.model.multipliers=(256,)",
+        )
+    )
     failed(done, 1, "The memory of a device does not suffice")
     assert "Traceback" not in done.stderr
     assert "--config.teacher.parts" in done.stderr
