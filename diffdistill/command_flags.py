@@ -17,6 +17,16 @@ FLAGS = flags.FLAGS
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 
 
+# What processes of one job agree on otherwise, or may differ in: files of their hosts.
+_NOT_SHARED = ("config", "mode", "workdir", "out", "inception_weights", "coordinator", "process_id")
+
+
+def shared() -> dict[str, str]:
+    """The values of the flags that all processes of a job must have in common, by name."""
+    ours = FLAGS.get_flags_for_module(__name__)
+    return {flag.name: str(flag.value) for flag in ours if flag.name.split(".")[0] not in _NOT_SHARED}
+
+
 def define_flags() -> None:
     """Defines the flags of main.py."""
     flags.DEFINE_enum(

@@ -66,7 +66,7 @@ def import_model(
     if jax.tree.map(jnp.shape, denoiser.shapes()) != jax.tree.map(jnp.shape, model.params):
         raise WeightsError(f"{path} holds a network that no config describes; please report it.")
     opened = workdir.create(folder, config, facts, None)
-    with StageCheckpoints(opened.stage(stage.name)) as checkpoints:
+    with workdir.alone(opened.path), StageCheckpoints(opened.stage(stage.name)) as checkpoints:
         meta = {"stage": stage.name, "seconds": 0.0, "source": source, "sha256": model.sha256, "file": path}
         params = meshes.replicate(meshes.make_mesh(), model.params)
         checkpoints.save(_Imported(jnp.int32(stage.num_updates), params), meta, force=True)

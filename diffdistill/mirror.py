@@ -8,7 +8,6 @@ before it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import posixpath
 import re
@@ -139,8 +138,8 @@ class Mirror:
     def _is_whole(self, checkpoint: str, here: dict[str, Facts]) -> bool:
         """Whether every file with a checksum is there."""
         try:
-            sums = json.loads((self.folder / checkpoint / checksums.FILE).read_text())["blake2b"]
-        except (OSError, ValueError, LookupError, TypeError):
+            sums = checksums.read(self.folder / checkpoint)
+        except (OSError, checksums.Damaged):
             return False
         return all(f"{checkpoint}/{name}" in here for name in sums)
 

@@ -33,16 +33,25 @@ def agree() -> None:
         return
     import json
 
+    from diffdistill import command_flags
     from diffdistill.config import to_dict
     from diffdistill.data import remote
     from diffdistill.evaluation import program
     from diffdistill.training import processes
+    from diffdistill.training.errors import ProcessesDisagree
 
     address = FLAGS.workdir if remote.is_remote(FLAGS.workdir) else ""
     processes.assert_same(f"{FLAGS.mode} {address}", "--mode or the address of --workdir")
     packages = {name: version for name, version in program.versions().items() if name != "python"}
     processes.assert_same(json.dumps(packages), "the versions of the packages")
     processes.assert_same(json.dumps(to_dict(_config()), sort_keys=True), "the config")
+    values = command_flags.shared()
+    try:
+        processes.assert_same(json.dumps(values), "the flags")
+    except ProcessesDisagree:  # of all of them at once
+        for name, value in values.items():
+            processes.assert_same(value, f"--{name}")
+        raise
 
 
 def _images_of(folder: Any) -> Any:
@@ -171,11 +180,14 @@ def _evaluate_images(interrupt: Any) -> None:
 
 def _statistics(interrupt: Any) -> None:
     from diffdistill import evaluate_images, runner
+    from diffdistill.training import processes
 
     if not FLAGS.out.endswith(".npz"):
         fail(f"--mode=statistics needs --out=FILE.npz, the file to write; given --out={FLAGS.out!r}.", EXIT_USAGE)
     config = _config()
     source, _ = runner.open_data(config)
+    if FLAGS.distributed:
+        processes.assert_same(source.fingerprint(), "the images")
     evaluate_images.write_statistics(source, config, FLAGS.inception_weights, FLAGS.out, interrupt, say=say)
 
 

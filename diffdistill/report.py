@@ -24,10 +24,10 @@ from diffdistill.evaluation.arrays import read_npz
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.report import write_report as write_page
 from diffdistill.fields import shown
-from diffdistill.json_files import parse_object, read_json
 from diffdistill.judges.contract import SHOWN
 from diffdistill.training import processes
 from diffdistill.training.checkpoints import StageCheckpoints
+from diffdistill.training.json_files import parse_object, read_json
 from diffdistill.transfer_files import record_path
 from diffdistill.workdir import Workdir
 
@@ -138,8 +138,8 @@ def _flops(folder: Workdir) -> dict[str, float]:
     key = hashlib.sha256(counted.encode()).hexdigest()
 
     def kept() -> dict[str, float]:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            record = json.loads(file.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            record = read_json(file)
             if record["of"] == key and record["flops_per_update"].keys() == {stage.name for stage in stages}:
                 return record["flops_per_update"]
         return {}

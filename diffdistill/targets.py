@@ -16,11 +16,11 @@ from diffdistill import chain
 from diffdistill.chain import Stage
 from diffdistill.config import DisbackConfig
 from diffdistill.evaluation.files import write_atomically
-from diffdistill.json_files import read_json
 from diffdistill.methods import walk
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.errors import CheckpointError
+from diffdistill.training.json_files import read_json
 from diffdistill.training.relay import Relay, timed
 from diffdistill.workdir import Workdir
 

@@ -19,9 +19,9 @@ from diffdistill.evaluation import features, images
 from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.stream import EvaluationInterrupted
 from diffdistill.generator import Generator, SampleError
-from diffdistill.json_files import read_json
 from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
+from diffdistill.training.json_files import read_json
 from diffdistill.transfer import Pair, Transfer, figures, many_step_noise, pairs, transfer
 from diffdistill.workdir import Workdir, WorkdirError
 

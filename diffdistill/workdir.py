@@ -21,8 +21,8 @@ from diffdistill.config import Config
 from diffdistill.data import remote
 from diffdistill.evaluation import program
 from diffdistill.evaluation.files import write_atomically
-from diffdistill.json_files import read_json
 from diffdistill.training import processes
+from diffdistill.training.json_files import read_json
 
 # These parts say how a run is watched and measured, not what is trained: they may change between two starts.
 _FREE = ("evaluation", "sampling", "training", "name")

@@ -14,9 +14,9 @@ from diffdistill.evaluate import samples_path
 from diffdistill.evaluation import stream
 from diffdistill.evaluation.report import write_report
 from diffdistill.evaluation.results import ResultsError
-from diffdistill.json_files import parse_object, read_json
 from diffdistill.training import checksums
 from diffdistill.training.errors import CheckpointError
+from diffdistill.training.json_files import parse_object, read_json
 from diffdistill.training.metrics import MetricWriter
 from diffdistill.workdir import WorkdirError
 

@@ -79,10 +79,17 @@ def markdown(records: Sequence[results.Record]) -> str:
 
 
 def _rates(records: Sequence[results.Record]) -> list[str]:
-    """From and to which rate of one device the records were measured beside, a sentence for each type."""
+    """From and to which rate of one device the records were measured beside, a sentence for each type.
+
+    Feature networks compute in float32 without the shortcuts of GPUs, and stand beside products without them.
+    """
+
+    def kind_of(record: results.Record) -> str:
+        return f"{record['dtype']}{', exact' if record['benchmark'] == 'features' else ''}"
+
     found = []
-    for dtype in dict.fromkeys(record["dtype"] for record in records):
-        rates = [record["rates"] for record in records if record["dtype"] == dtype]
+    for dtype in dict.fromkeys(map(kind_of, records)):
+        rates = [record["rates"] for record in records if kind_of(record) == dtype]
         products, copies = ([each for rate in rates for each in rate[kind]] for kind in ("matmul", "memory"))
         found.append(
             f"One device, {dtype}: matrix products {_range(products)}FLOP/s, copies {_range(copies)}B/s (measured "

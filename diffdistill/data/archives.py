@@ -25,7 +25,7 @@ from diffdistill.data import pickles
 from diffdistill.data.containers import Container
 from diffdistill.data.contract import DataError, Source, reading
 from diffdistill.data.pixels import listing_digest
-from diffdistill.data.zips import check_entry, open_zip
+from diffdistill.data.zips import check_entries
 
 _CIFAR_BYTES = 3 * 32 * 32
 _IMAGENET_CLASSES = 1000
@@ -166,9 +166,7 @@ def _pickled(container: Container, name: str) -> _Part:
         content: dict[str, Any]
         if name.endswith(".npz"):
             whole = file if file.seekable() else io.BytesIO(file.read())
-            with open_zip(whole, title) as archive:
-                for entry in archive.infolist():
-                    check_entry(archive, entry, f"{title}: {entry.filename}")
+            check_entries(whole, title)
             whole.seek(0)
             with reading(title), np.load(whole, allow_pickle=False) as stored:
                 content = {key: stored[key] for key in ("data", "labels") if key in stored}

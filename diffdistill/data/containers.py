@@ -162,15 +162,15 @@ def _compressed_tar(path: Path, opener: Callable[[], BinaryIO], unpack_to: Path 
             finally:
                 part.unlink(missing_ok=True)  # after a full disk, give the space back
         return _tar(path, unpack_to)
-    content = bytearray()
+    content = io.BytesIO()
     for block in _unpacked(path, opener):
-        content += block
-        if len(content) > MEMORY_LIMIT:
+        content.write(block)
+        if content.tell() > MEMORY_LIMIT:
             raise DataError(
                 f"{path} is a compressed tar of more than {MEMORY_LIMIT // 2**20} MiB, which has no random access. Run "
                 f"--mode=prepare once to turn it into ArrayRecord, or unpack it"
             )
-    return _tar(path, bytes(content))
+    return _tar(path, content.getvalue())
 
 
 def _unpacked(path: Path, opener: Callable[[], BinaryIO]) -> Iterator[bytes]:
@@ -230,6 +230,11 @@ def _is_tar(path: Path) -> bool:
         tarfile.open(path, "r:", tarinfo=_Member).close()
     except tarfile.ReadError:
         return False
+    except DataError:
+        with path.open("rb") as file:
+            if b"ustar" not in file.read(_BLOCK)[257:263]:  # nor does it look like one
+                return False
+        raise
     return True
 
 

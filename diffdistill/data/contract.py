@@ -28,6 +28,10 @@ def reading(title: object) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except MemoryError as error:
+        raise DataError(
+            f"{title} asks for more memory than there is: it is damaged, or too large for this machine"
+        ) from error
     except Exception as error:  # readers raise nearly anything: MemoryError, RecursionError, UnicodeDecodeError, ...
         if isinstance(error, OSError) and error.errno is not None:  # the system's: permissions, a full disk
             raise DataError(f"{title} cannot be read or unpacked: {error}") from error

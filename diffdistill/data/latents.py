@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diffdistill.data.contract import DataError, Source, array_source, reading
 from diffdistill.data.paths import existing
-from diffdistill.data.zips import check_entry, open_zip
+from diffdistill.data.zips import check_entries, open_zip
 
 MEMBER = "latents"
 _MOST_CLASSES = 100_000
@@ -47,9 +47,7 @@ def open_latents(path: str | Path, split: str, image_size: int | None, channels:
         raise DataError("latents cannot be resized or converted; set config.data.image_size and channels to 0")
     if not holds_latents(path):
         raise DataError(f"{path} is no .npz file with an array named {MEMBER!r} (N, H, W, C); make one with np.savez")
-    with open_zip(path, path) as archive:
-        for entry in archive.infolist():
-            check_entry(archive, entry, f"{path}: {entry.filename}")
+    check_entries(path, path)
     with reading(path), np.load(path, allow_pickle=False) as file:
         arrays = {name: np.asarray(file[name]) for name in file.files if name in (MEMBER, "labels", "class_names")}
     latents = arrays[MEMBER]

@@ -23,7 +23,7 @@ from diffdistill.data.contract import DataError, Source
 from diffdistill.data.parallel import for_each
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-MOST_PIXELS = 2**26  # of one picture, and of all that are decoded at once: up to 12 bytes each, below 1 GiB
+MOST_PIXELS = 2**27  # of one picture
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # Pillow has others, one of which starts Ghostscript
 
@@ -57,22 +57,23 @@ def _opened(file: BinaryIO, title: str) -> Image.Image:
 # Blocks over 32 MiB go back to the system at once; of 16 MiB, the default, they stay with the thread that freed them.
 Image.core.set_block_size(2**26)
 
+_AT_ONCE = 2**30  # bytes of pictures that are decoded at the same time; a larger one is decoded alone
 _changed = threading.Condition()
-_pixels = 0  # of the pictures that are being decoded
+_bytes = 0  # of those that are being decoded
 
 
 @contextmanager
-def _room(pixels: int) -> Iterator[None]:
-    """Waits until so many more pixels can be decoded."""
-    global _pixels
+def _room(size: int) -> Iterator[None]:
+    """Waits until so many more bytes may be taken."""
+    global _bytes
     with _changed:
-        _changed.wait_for(lambda: _pixels + pixels <= MOST_PIXELS)
-        _pixels += pixels
+        _changed.wait_for(lambda: not _bytes or _bytes + size <= _AT_ONCE)
+        _bytes += size
     try:
         yield
     finally:
         with _changed:
-            _pixels -= pixels
+            _bytes -= size
             _changed.notify_all()
 
 
@@ -91,10 +92,11 @@ def decode(file: BinaryIO, title: str, image_size: int | None, channels: int | N
     image = _opened(file, title)
     grey = image.mode in _GREY
     wanted = "L" if (channels or (1 if grey else 3)) == 1 else "RGB"
-    with _room(image.width * image.height):
+    see_through = image.mode in _ALPHA or "transparency" in image.info
+    with _room(image.width * image.height * (12 if see_through else 8)):
         try:
             image.load()
-            if image.mode in _ALPHA or "transparency" in image.info:
+            if see_through or "transparency" in image.info:  # a PNG may say so after its pixels
                 if image.mode != "RGBA":
                     image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

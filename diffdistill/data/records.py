@@ -9,6 +9,7 @@ stays a copy. metadata.json is written last, so its presence means that the spli
      "dtype": "uint8" or "float32"; uint8 where it is not said}
 """
 
+import contextlib
 import json
 import math
 import os
@@ -157,10 +158,8 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
     if missing:
         raise DataError(f"{missing[0]} is missing; delete {file} and run --mode=prepare again to restore it")
     for shard in shards:
-        with reading(f"{shard}, a damaged shard,"):
-            reader = reader_of(str(shard))
+        with reading(f"{shard}, a damaged shard,"), contextlib.closing(reader_of(str(shard))) as reader:
             options = reader.writer_options_string()
-            reader.close()
         if "uncompressed" not in options:  # a small record may unpack to anything
             raise DataError(f"{shard} is compressed ({options[:100]}), which prepare never does; prepare it again")
     with reading(f"{folder / split}, of which a shard is damaged,"):
@@ -168,32 +167,31 @@ def open_records(path: str | Path, split: str, image_size: int | None, channels:
     if len(records) != metadata.count:
         raise DataError(f"{folder / split} holds {len(records)} images, {file} says {metadata.count}; prepare it again")
     shape, dtype = metadata.image_shape, np.dtype(metadata.dtype)
+    record_bytes, num_classes = metadata.record_bytes, len(metadata.class_names)
 
     def stored(indices: list[int]) -> Sequence[bytes]:
         with reading(f"{folder / split}, of which a shard is damaged,"):
             found = records.__getitems__(indices) if len(indices) > 1 else [records[indices[0]]]
         for index, record in zip(indices, found, strict=True):
-            if len(record) != metadata.record_bytes:
+            if len(record) != record_bytes:
                 raise DataError(
-                    f"{folder / split}: record {index} has {len(record)} bytes, expected {metadata.record_bytes}; "
-                    "prepare it again"
-                )
-            label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
-            if not 0 <= label < len(metadata.class_names):
-                raise DataError(
-                    f"{folder / split}: record {index} has label {label}, expected "
-                    f"0..{len(metadata.class_names) - 1}; prepare it again"
+                    f"{folder / split}: record {index} has {len(record)} bytes, expected {record_bytes}; prepare it "
+                    "again"
                 )
         return found
 
     def read(index: int) -> tuple[NDArray[Any], int]:
-        (record,) = stored([index])
-        label = int.from_bytes(record[:_LABEL_BYTES], "little", signed=True)
-        return np.frombuffer(record, dtype.newbyteorder("<"), offset=_LABEL_BYTES).reshape(shape), label
+        images, labels = read_many(np.array([index]))
+        return images[0], int(labels[0])
 
     def read_many(indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int32]]:
         rows = np.frombuffer(b"".join(stored(indices.tolist())), np.uint8).reshape(len(indices), -1)
         labels = np.ascontiguousarray(rows[:, :_LABEL_BYTES]).view("<i4")[:, 0].astype(np.int32)
+        for wrong in np.flatnonzero((labels < 0) | (labels >= num_classes)):
+            raise DataError(
+                f"{folder / split}: record {indices[wrong]} has label {labels[wrong]}, expected 0..{num_classes - 1}; "
+                "prepare it again"
+            )
         pixels = np.ascontiguousarray(rows[:, _LABEL_BYTES:]).view(dtype.newbyteorder("<"))
         return pixels.reshape(-1, *shape), labels
 

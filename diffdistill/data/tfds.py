@@ -23,12 +23,18 @@ _FEATURES = "tensorflow_datasets.core.features"
 _KNOWN = {
     f"{_FEATURES}.{module}.{name}"
     for module, name in (
+        ("bounding_boxes", "BBoxFeature"),
         ("class_label_feature", "ClassLabel"),
         ("features_dict", "FeaturesDict"),
         ("image_feature", "Image"),
+        ("labeled_image", "LabeledImage"),
         ("scalar", "Scalar"),
+        ("sequence_feature", "Sequence"),
         ("tensor_feature", "Tensor"),
         ("text_feature", "Text"),
+        ("translation_feature", "Translation"),
+        ("translation_feature", "TranslationVariableLanguages"),
+        ("video_feature", "Video"),
     )
 }
 
@@ -105,9 +111,14 @@ def open_tfds(path: str, split: str, image_size: int | None, channels: int | Non
 def _descriptions(name: str, data_dir: str | None) -> list[Path]:
     """The descriptions that TFDS may read for a name such as "my_set/config:1.0.0"."""
     root = Path(data_dir or "~/tensorflow_datasets").expanduser()
-    wanted = re.split("[/:]", name)[0].replace("_", "").lower()  # MySet is my_set
+    whole, _, version = name.partition(":")
+    wanted, _, config = whole.partition("/")
+    wanted = wanted.replace("_", "").lower()  # MySet is my_set
     folders = root.iterdir() if root.is_dir() else ()
-    return [file for folder in folders if folder.name.replace("_", "") == wanted for file in folder.rglob(_DESCRIPTION)]
+    found = [file for each in folders if each.name.replace("_", "") == wanted for file in each.rglob(_DESCRIPTION)]
+    if re.fullmatch(r"[\d.]+", version):  # another one is not read
+        found = [file for file in found if file.parent.name == version]
+    return [file for file in found if not config or config in file.parts[-4:-1]]
 
 
 def _check_description(file: Path, path: str) -> None:

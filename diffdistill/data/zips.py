@@ -30,6 +30,13 @@ def check_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, title: object)
     check_expansion(str(title), stored, entry.file_size)
 
 
+def check_entries(file: Path | IO[bytes], title: object) -> None:
+    """Raises DataError for a zip file with any entry that `check_entry` refuses, or that cannot be listed."""
+    with open_zip(file, title) as archive:
+        for entry in archive.infolist():
+            check_entry(archive, entry, f"{title}: {entry.filename}")
+
+
 def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, title: object) -> bytes:
     """Returns the content of an entry, never more than its size says. Raises DataError that names `title`."""
     check_entry(archive, entry, title)

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,9 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from diffdistill.evaluation.arrays import read_npz
 from diffdistill.evaluation.files import write_atomically
+from diffdistill.training.json_files import parse_object
 
 RECIPE = 1  # raise it with any change below: a cached network of another recipe is never used
 FEATURES = 64
@@ -41,6 +42,7 @@ LEARNING_RATE = 2e-3
 SEED = 0
 HOLD_OUT_FRACTION = 0.2
 HOLD_OUT_LIMIT = 10_000
+_LARGEST = 2**28  # bytes of a network
 APPLY_BATCH = 256
 
 log = logging.getLogger(__name__)
@@ -129,7 +131,7 @@ def train_or_load(
     if path.exists():
         try:
             return _load(path)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("cannot read the cached feature network %s (%s); training it again", path, error)
     network = train(images, labels, num_classes, fingerprint=fingerprint, progress=progress)
     _save(network, path)
@@ -255,10 +257,9 @@ def _save(network: FeatureNetwork, path: Path) -> None:
 
 
 def _load(path: Path) -> FeatureNetwork:
-    with np.load(path, allow_pickle=False) as file:
-        header = json.loads(str(file["header"]))
-        prefix = "variables/"
-        arrays = {name.removeprefix(prefix): file[name] for name in file.files if name.startswith(prefix)}
+    found = read_npz(path, _LARGEST)
+    header, prefix = parse_object(str(found["header"])), "variables/"
+    arrays = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     height, width, channels = header["image_shape"]
     variables = unflatten_dict(arrays, sep="/")
     return FeatureNetwork(

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffdistill.evaluation import program
 from diffdistill.fields import shown
-from diffdistill.json_files import parse_object
+from diffdistill.training.json_files import parse_object
 
 Record = dict[str, Any]
 Key = tuple[Any, ...]

@@ -29,11 +29,11 @@ from diffdistill.evaluation.files import write_atomically
 from diffdistill.evaluation.moments import Moments, Reservoir
 from diffdistill.evaluation.results import ResultsError
 from diffdistill.evaluation.scores import ScoreSums
-from diffdistill.json_files import read_json
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.errors import OtherProcessFailed
 from diffdistill.training.interrupt import Interrupt
+from diffdistill.training.json_files import read_json
 from diffdistill.training.progress import make_progress
 
 SAVE_SECONDS = 120.0  # between two saves: a save writes about 0.15 GB

@@ -1,5 +1,6 @@
 """Checksums of the files of a checkpoint: damage on the disk is seen before anything is learnt from it."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from diffdistill.json_files import read_json
+from diffdistill.training.json_files import read_json
 
 FILE = "checksums.json"
 
@@ -20,7 +21,7 @@ class Damaged(Exception):
 def write(folder: Path) -> None:
     """Writes `folder`/checksums.json with the BLAKE2b of every file below the folders of `folder`.
 
-    When it returns everything in `folder` is on the disk, whatever happens to the power.
+    When it returns all of them, and what else is in `folder`, are on the disk, whatever happens to the power.
     """
     files = sorted(path for item in folder.iterdir() if item.is_dir() for path in item.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
@@ -41,7 +42,7 @@ def check(folder: Path, items: Iterable[str]) -> None:
       OSError: a file is there and cannot be read.
     """
     try:
-        sums = _read(folder)
+        sums = read(folder)
     except FileNotFoundError:
         return
     wanted = set(items)
@@ -65,14 +66,14 @@ def check(folder: Path, items: Iterable[str]) -> None:
 def are_right(folder: Path) -> bool:
     """Whether all files that `folder`/checksums.json lists are there as they were written; False without it."""
     try:
-        check(folder, {name.split("/")[0] for name in _read(folder)})
+        check(folder, {name.split("/")[0] for name in read(folder)})
     except (OSError, Damaged):
         return False
     return True
 
 
-def _read(folder: Path) -> dict[str, str]:
-    """The checksums by the names of files below `folder`; Damaged where that is not what is there."""
+def read(folder: Path) -> dict[str, str]:
+    """The checksums in `folder` by the names of files below it. Raises Damaged, or OSError where there are none."""
     try:
         sums = read_json(folder / FILE)["blake2b"]
         if not isinstance(sums, dict):
@@ -90,6 +91,9 @@ def _sync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise  # some file systems do so for folders alone, and know nothing better
     finally:
         os.close(number)
 

@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from diffdistill.json_files import parse_object
 from diffdistill.training import processes
 from diffdistill.training.errors import MetricsError
+from diffdistill.training.json_files import parse_object
 
 FLUSH_SECONDS = 20.0
 

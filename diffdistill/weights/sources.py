@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError, edm, guided_diffusion, progressive, torch_file
 from diffdistill.weights.imported import ImportedModel
@@ -45,6 +47,12 @@ def import_weights(source: str, path: str | Path, **options: str | int) -> Impor
         looks = _looks_like(path)
         if looks and looks != source:
             raise WeightsError(f"{error} By its first bytes it is one for --source={looks}.") from error
+        raise
+    except MemoryError as error:
+        raise WeightsError(
+            f"{path} asks for more memory than there is: it is damaged, or too large for this machine."
+        ) from error
+    except jax.errors.JaxRuntimeError:  # of the device, not of the file
         raise
     except Exception as error:  # names and shapes that belong to no network raise nearly anything
         raise WeightsError(f"{path} is not a network of {source} ({unpickling.about(error)}).") from error

@@ -25,7 +25,7 @@ from diffdistill.data import unpickling
 from diffdistill.weights import WeightsError
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the format before the zip file, a number that a pickle holds
-_VIEWS = 4  # tensors of the size of their storage that may share it: each becomes an array of its own
+_VIEWS = 8  # tensors of the size of their storage that may share it: each becomes an array of its own
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),

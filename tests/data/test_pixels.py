@@ -127,16 +127,16 @@ def test_pictures_of_too_many_pixels_are_refused():
 
 
 def test_large_pictures_are_decoded_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(pixels, "MOST_PIXELS", 36)
+    monkeypatch.setattr(pixels, "_AT_ONCE", 300)
     seen = []
     fitted_as_ever = pixels._fitted
 
     def watched(image, image_size):
-        seen.append(pixels._pixels)
+        seen.append(pixels._bytes)
         time.sleep(0.01)
         return fitted_as_ever(image, image_size)
 
     monkeypatch.setattr(pixels, "_fitted", watched)
     for_each(lambda _: np.testing.assert_array_equal(decoded(Image.fromarray(COLOUR)), COLOUR), 8)
-    assert seen == [36] * 8
-    assert pixels._pixels == 0
+    assert seen == [8 * 36] * 8
+    assert pixels._bytes == 0

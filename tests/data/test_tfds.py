@@ -113,10 +113,20 @@ def test_no_code_is_imported_for_a_feature(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     folder = described(tmp_path / "mine" / "1.0.0", STRANGE[kind])
     for path in (folder, "mine", "Mine:1.0.0"):
-        with pytest.raises(DataError, match=r"has a feature 'payload\.\w+'; read are ClassLabel"):
+        with pytest.raises(DataError, match=r"has a feature 'payload\.\w+'; read are .*ClassLabel"):
             open_source(source="tfds", path=path)
     assert not (tmp_path / "owned").exists()
     assert "payload" not in sys.modules
+
+
+def test_boxes_beside_the_images_and_other_versions_are_no_reason_to_refuse(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    described(tmp_path / "mine" / "1.0.0", IMAGE, {"pythonClassName": f"{FEATURES}.bounding_boxes.BBoxFeature"})
+    described(tmp_path / "mine" / "2.0.0", STRANGE["old"])
+    with pytest.raises(DataError, match="cannot be opened or read"):  # by TFDS: there are no shards
+        open_source(source="tfds", path="mine:1.0.0")
+    with pytest.raises(DataError, match=r"has a feature 'payload\.Image'"):
+        open_source(source="tfds", path="mine")
 
 
 def test_descriptions_out_of_range(tmp_path):

@@ -66,6 +66,7 @@ def together() -> tuple[str, ...]:
         ("--config.seed={}", "the config"),
         ("--mode={}", "--mode or the address of --workdir"),
         ("--workdir={}", "--mode or the address of --workdir"),
+        ("--seed={}", "--seed"),
     ],
 )
 def test_processes_that_were_started_differently_say_so(tmp_path, difference, what):

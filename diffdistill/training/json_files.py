@@ -34,9 +34,9 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
         level = [inner for each in level if isinstance(each, dict | list) for inner in _inside(each)]
-    if level:
-        raise ValueError("it is nested too deeply")
-    return value
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
 
 
 def _inside(value: dict[str, Any] | list[Any]) -> Any:
