@@ -274,7 +274,7 @@ def take_the_way_out(chain: Chain, errors: str) -> str:
         place = Path(tempfile.mkdtemp(dir=chain.spare))
         shutil.move(named[1], place)
         return f"moved {Path(named[1]).relative_to(chain.workdir)} away"
-    if "config.json" in errors and "Restore" in errors:
+    if "config.json" in errors and "Restore" in errors and (chain.folder / "config.json").exists():
         shutil.copy(chain.folder / "config.json", chain.workdir / "config.json")
         return "restored config.json"
     if "holds a run of another config" in errors:  # a flipped bit in config.json that leaves it readable
