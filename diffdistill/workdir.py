@@ -261,8 +261,8 @@ def _load(file: Path) -> dict[str, Any]:
             raise ValueError(f"its 'starts' are {fields.shown(starts)}")
     except OSError as error:
         raise WorkdirError(
-            f"{file} cannot be read: {error.strerror or error}. If the disk or the network fails, put it right and start "
-            "the same command again; otherwise restore the file, or choose another --workdir."
+            f"{file} cannot be read: {error.strerror or error}. If the disk or the network fails, put it right and "
+            "start the same command again; otherwise restore the file, or choose another --workdir."
         ) from error
     except ValueError as error:
         raise WorkdirError(f"{file} cannot be read: {error}. Restore it, or choose another --workdir.") from error
