@@ -24,9 +24,9 @@ _IMAGES = 10**15
 _MOST: dict[str, float] = {
     "seed": 2**63 - 1,
     "batch_size": 2**24,
-    "learning_rate": 1e6,
-    "path_learning_rate": 1e6,
-    "fake_learning_rate": 1e6,
+    "learning_rate": 1e38,
+    "path_learning_rate": 1e38,
+    "fake_learning_rate": 1e38,
     "warmup_images": _IMAGES,
     "ema_half_life": _IMAGES,
     "ema_half_lives": _IMAGES,

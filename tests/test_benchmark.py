@@ -19,6 +19,8 @@ from diffdistill.config import Config, ConfigError, resolve
 from diffdistill.diffusion import schedules
 from diffdistill.training import mesh as meshes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = chain.DataFacts((8, 8, 1), 10)
 

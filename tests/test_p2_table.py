@@ -10,8 +10,10 @@ from results import p2_table
 def write(folder, dataset, cell, values):
     place = p2_table.workdir(folder, dataset, cell) / "evaluation"
     place.mkdir(parents=True)
+    others = {"network_evaluations": 25, "w": 0.0, "num_samples": 100, "seed": 0, "hardware": "1 x cpu"}
+    others |= {"wall_time": 1.0, "date": "2026-11-27", "params_hash": "0"}
     lines = [
-        {"stage": "teacher", "metric": metric, "sampler": sampler, "num_steps": steps, "value": value}
+        {**others, "stage": "teacher", "metric": metric, "sampler": sampler, "num_steps": steps, "value": value}
         for (metric, sampler, steps), value in values.items()
     ]
     (place / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

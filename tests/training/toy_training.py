@@ -171,7 +171,7 @@ def main() -> int:
                 save_every=args.save_every,
                 read=read,
                 interrupt=stop_request,
-                start=lambda: diverged(init()),
+                start=init if args.diverge else lambda: diverged(init()),  # the former also gives shapes
                 compiled=dataclasses.replace(compiled, function=call),
             )
             if args.shard:
