@@ -12,7 +12,7 @@ import pytest
 import s3fs
 from fsspec.registry import _registry
 from s3_server import Server, no_trouble
-from test_store import in_folder, say_nothing, train, write
+from test_store import in_folder, say_nothing, see_that_the_later_machine_counts, train, write
 
 from diffdistill import store
 from diffdistill.data import DataError
@@ -20,7 +20,6 @@ from diffdistill.data.remote import local
 from diffdistill.store import Store, StoreError
 from diffdistill.training import checksums
 from diffdistill.training.checkpoints import COMMITTED
-from diffdistill.training.interrupt import Interrupt
 
 URL = "s3://bucket/run"
 ODD = ("a b", "ü", "e\u0301", "+", "%20", "#", "a?b", "&=;@$,!'()", "~", "[x]*", '"<>|\\', "{y}", "日本", " lead ")
@@ -178,27 +177,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_can_be_continued(machine, server
 
 
 def test_of_two_machines_the_later_one_counts(machine, bucket, monkeypatch, capsys):
-    monkeypatch.setattr(store, "PERIOD", 0.01)
-    interrupt = Interrupt()
-    one = Store(URL, interrupt)
-    one.open()
-    train(one.folder, range(1, 3))
-    one.copy()
-    machine(2)
-    with store.kept(URL, say=say_nothing) as path:
-        train(Path(path), range(3, 4))
-    there = bucket.read("run")
-    train(one.folder, range(3, 5))
-    one._thread.join(60)
-    assert interrupt.reason == f"another program, which has opened {URL},"
-    with pytest.raises(store.Lost, match="Another program has opened s3://bucket/run"):
-        one.close(say_nothing)
-    assert bucket.read("run") == there
-    machine(1)
-    with store.kept(URL, say=say_nothing) as path:
-        assert in_folder(Path(path)) == there
-    (aside,) = Path(path).parent.glob("run-before-*")
-    assert f"beyond that is in {aside}" in capsys.readouterr().err
+    see_that_the_later_machine_counts(URL, lambda: bucket.read("run"), machine, monkeypatch, capsys)
 
 
 def test_what_others_change_is_seen_though_listings_are_kept(machine, bucket):

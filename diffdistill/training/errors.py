@@ -18,7 +18,7 @@ class NonFiniteLoss(TrainingError):
 
 
 class ProcessesDisagree(TrainingError):
-    """The processes of one run were started with different configs or images. Nothing was written."""
+    """The processes of one run were started differently, or hold other parameters. Nothing of it was saved."""
 
 
 class ProcessLost(TrainingError):
