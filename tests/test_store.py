@@ -19,7 +19,7 @@ from diffdistill.data import DataError
 from diffdistill.store import Store, StoreError
 from diffdistill.training import checksums
 from diffdistill.training.checkpoints import COMMITTED
-from diffdistill.training.errors import Interrupted, OtherProcessFailed, ProcessLost
+from diffdistill.training.errors import Interrupted, OtherProcessFailed, ProcessesDisagree, ProcessLost
 from diffdistill.training.interrupt import Interrupt
 
 BUCKET = fsspec.filesystem("memory")
@@ -390,7 +390,7 @@ def test_only_a_process_that_ends_with_the_others_waits_for_them():
         except SystemExit as end:
             return end
 
-    for error in (Interrupted("teacher", 1, 2, "SIGTERM"), OtherProcessFailed()):
+    for error in (Interrupted("teacher", 1, 2, "SIGTERM"), OtherProcessFailed(), ProcessesDisagree("images")):
         assert store._ends_all(error)
         assert store._ends_all(ended(error))
     for error in (DataError("no such image"), ProcessLost("gone"), KeyboardInterrupt()):
