@@ -34,7 +34,6 @@ COLLECTED = (
 )
 STOPPING = 20  # seconds that a program gets to save and end
 REPORTING = 15  # seconds for report and collection
-STARTING = 50  # seconds for the start of a program and of its stages, compiled ahead: 6, 35 and 8 on one H200
 MARGIN = 0.86  # of the rate, which is that of a device that does nothing else: the share that training had on an H200
 
 
@@ -118,7 +117,7 @@ def work_on(
     part: str, end: float, config: str, suffix: str, flags: list[str], options: argparse.Namespace, log: Path
 ) -> None:
     """Training and evaluation of a part until `end`."""
-    training = end - time.monotonic() - options.evaluation - STARTING
+    training = end - time.monotonic() - options.evaluation - options.starting
     minutes = budget(MARGIN * training, options.rate)
     print(f"{part}: budget {minutes:.2f} minutes", flush=True)
     flags = [f"{config}{PARTS[part][0]}{minutes:.2f}-minutes{suffix}", *flags]
@@ -169,6 +168,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("collected"))
     parser.add_argument("--seconds", type=float, default=1500.0, help="for all of it")
     parser.add_argument("--evaluation", type=float, default=90.0, help="seconds that training must leave")
+    text = "seconds for the start of a program and of its stages: compiled ahead, 6, 35 and 8 on one H200"
+    parser.add_argument("--starting", type=float, default=50.0, help=text)
     parser.add_argument("--rate", type=float, default=0.0, help="images/s of the teacher; by default it is measured")
     parser.add_argument("--ahead", action="store_true", help="compile the later stages while the teacher trains")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help="some of chain,edm")
