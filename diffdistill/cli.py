@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -37,6 +38,7 @@ def main() -> None:
         for code in (EXIT_FAILED, EXIT_NOT_FINITE, *([EXIT_USAGE] if _is_one_of_several() else [])):
             if end.code == code:
                 _leave(code)
+        _leave_at_a_signal(end.code if isinstance(end.code, int) else EXIT_FAILED if end.code else 0)
         raise
     except Exception:
         if not _is_one_of_several():
@@ -47,6 +49,7 @@ def main() -> None:
         stopped(
             "Stopped at once. Checkpoints that were complete are intact; the same command continues from the newest."
         )
+        _leave_at_a_signal(EXIT_SIGINT)
         sys.exit(EXIT_SIGINT)
 
 
@@ -60,6 +63,12 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _leave_at_a_signal(code: int) -> None:
+    """From here on a signal cuts the end of this process short: its work is over, and what became of it is said."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _leave(code))
 
 
 def quiet() -> None:

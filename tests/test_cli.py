@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,18 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
     )
     assert done.returncode == 3, done.stderr
     assert done.stderr.splitlines()[-1].startswith("Error: Stage teacher: ")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [((SMOKE, "--mode=plan"), 0), ((SMOKE, "--mode=plan", "more"), 2)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_changes_nothing(arguments, code, number):
+    """A run that was over said KeyboardInterrupt when the signal came while Python ended."""
+    late = f"import atexit, os; from diffdistill import cli; atexit.register(os.kill, os.getpid(), {number:d}); cli.main()"
+    command = [sys.executable, "-c", late, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    usual = main(*arguments)
+    assert (done.returncode, done.stdout) == (usual.returncode, usual.stdout) == (code, usual.stdout)
+    assert "KeyboardInterrupt" not in done.stderr
 
 
 def test_a_device_without_enough_memory_is_one_message(tmp_path):
