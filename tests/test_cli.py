@@ -146,7 +146,9 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_work_changes_nothing(arguments, code, number):
     """A run that was over said KeyboardInterrupt when the signal came while Python ended."""
-    late = f"import atexit, os; from diffdistill import cli; atexit.register(os.kill, os.getpid(), {number:d}); cli.main()"
+    late = (
+        f"import atexit, os; from diffdistill import cli; atexit.register(os.kill, os.getpid(), {number:d}); cli.main()"
+    )
     command = [sys.executable, "-c", late, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     usual = main(*arguments)

@@ -1,9 +1,10 @@
 """Batch i is a function of (seed, i) alone, on any number of hosts, whatever the source keeps in memory."""
 
+import grain
 import numpy as np
 import pytest
 
-from diffdistill.data import Batches, DataError, Source, array_source, in_memory
+from diffdistill.data import Batches, DataError, Source, array_source, in_memory, pipeline
 
 
 def numbered(length: int) -> Source:
@@ -42,6 +43,15 @@ def test_hosts_together_hold_the_global_batch(hosts):
     np.testing.assert_array_equal(np.concatenate([part["label"] for part in parts]), whole["label"])
 
 
+@pytest.mark.parametrize(("length", "seed"), [(1, 0), (7, 5), (50_000, 2**32 - 1)])
+def test_the_order_is_grains(length, seed):
+    order = grain.MapDataset.range(length).shuffle(seed=seed).repeat()
+    ours = pipeline._shuffled(length, seed)
+    for first in (0, length - 1, 3 * length - 4, 10**9):
+        positions = range(max(first, 0), first + 9)
+        assert [ours(position) for position in positions] == [order[position] for position in positions]
+
+
 def test_every_epoch_shows_every_image_once_in_a_new_order():
     batches = Batches(numbered(24), 6, seed=0)
     epochs = [np.concatenate([batches.indices(4 * epoch + i) for i in range(4)]) for epoch in range(3)]
@@ -59,19 +69,20 @@ def test_a_batch_larger_than_the_set_repeats_images_evenly():
 
 
 def test_flip_mirrors_about_half_and_nothing_else():
-    source = numbered(200)
+    images = np.random.default_rng(0).integers(0, 256, (200, 4, 3, 3), dtype=np.uint8)
+    source = array_source("coloured", images.copy(), np.arange(200) % 3, ("a", "b", "c"))
     plain, flipped = Batches(source, 200, seed=5), Batches(source, 200, seed=5, flip=True)
     fractions = []
     for number in range(20):
-        images, mirrored = plain(number)["image"], flipped(number)["image"]
-        is_mirrored = (mirrored == images[:, :, ::-1]).all(axis=(1, 2, 3))
-        is_same = (mirrored == images).all(axis=(1, 2, 3))
+        as_they_are, mirrored = plain(number)["image"], flipped(number)["image"]
+        is_mirrored = (mirrored == as_they_are[:, :, ::-1]).all(axis=(1, 2, 3))
+        is_same = (mirrored == as_they_are).all(axis=(1, 2, 3))
         assert (is_mirrored ^ is_same).all()
         fractions.append(is_mirrored.mean())
         np.testing.assert_array_equal(plain(number)["label"], flipped(number)["label"])
     assert abs(np.mean(fractions) - 0.5) < 0.03
     assert len(set(fractions)) > 5
-    np.testing.assert_array_equal(source.images[:, 0, 0, 0], np.arange(200))  # flipping must not touch the source
+    np.testing.assert_array_equal(source.images, images)  # flipping must not touch the source
 
 
 def test_sets_too_large_for_memory_give_the_same_batches():
