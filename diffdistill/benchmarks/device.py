@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import time
 from collections.abc import Callable
@@ -107,17 +108,26 @@ def first_call(call: Callable[[], Any]) -> tuple[float, bool]:
     return timed(call), compilation.hits() > hits
 
 
-def calls_per_second(call: Callable[[], Any], seconds: float, *, warm: bool = False) -> float:
-    """How often `call` runs in a second, after one run; two runs at least, and as many on every process.
+def calls_per_second(call: Callable[[], Any], seconds: float, *, untimed: int = 1, in_flight: int = 0) -> float:
+    """How often `call` runs in a second; two runs at least, and as many on every process.
 
-    warm: that one run has been made.
+    Args:
+      call: returns what is to be waited for.
+      seconds: of measuring.
+      untimed: runs before.
+      in_flight: runs that the devices have got and that are not yet waited for, as in training: with none, the devices
+        stand still while the host prepares the next one.
     """
-    if not warm:
-        call()
+    for _ in range(untimed):
+        jax.block_until_ready(call())
+    waiting: collections.deque[Any] = collections.deque()
     begun, calls = time.monotonic(), 0
     while processes.any_process(calls < 2 or time.monotonic() - begun < seconds):
-        call()
+        waiting.append(call())
         calls += 1
+        while len(waiting) > in_flight:
+            jax.block_until_ready(waiting.popleft())
+    jax.block_until_ready(list(waiting))
     return calls / (time.monotonic() - begun)
 
 

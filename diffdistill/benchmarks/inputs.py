@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +20,6 @@ from diffdistill.data.pipeline import Batches
 from diffdistill.evaluation import features, inception, results
 from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
-from diffdistill.training import processes
 from diffdistill.training.loop import MAX_IN_FLIGHT
 from diffdistill.training.prefetch import AHEAD, Calls
 
@@ -49,7 +46,7 @@ def pipeline(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float)
     program = device.compiled(
         jax.jit(lambda key, images: augmentation.augment(key, images, probability=AUGMENTED)), jax.random.key(0), images
     )
-    rate = device.calls_per_second(lambda: jax.block_until_ready(program.run(jax.random.key(0), images)), seconds)
+    rate = device.calls_per_second(lambda: program.run(jax.random.key(0), images), seconds)
     yield {
         "what": "augmented on the devices",
         "batch_size": size,
@@ -79,23 +76,15 @@ def wait(config: Config, facts: chain.DataFacts, mesh: Mesh, seconds: float) -> 
     calls = Calls(batches, mesh, 0, 10**9, step.updates_per_call, 0)
 
     def seconds_an_update(stacks: Iterator[tuple[int, int, Any]]) -> float:
-        nonlocal state
-        in_flight: collections.deque[Any] = collections.deque()
-        updates, untimed, begun = 0, AHEAD + 1, None  # so many stacks may lie there already, read for nothing
-        while begun is None or processes.any_process(updates < 2 or time.monotonic() - begun < seconds):
+        def call() -> Any:
+            nonlocal state
             _, count, rows = next(stacks)
             state, metrics, _ = step.function(state, {}, rows, key, arguments, np.int32(count), flag)
-            in_flight.append(metrics)
-            updates += count
-            untimed -= 1
-            if untimed == 0:
-                jax.block_until_ready(in_flight)
-                in_flight.clear()
-                updates, begun = 0, time.monotonic()
-            while len(in_flight) > MAX_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
-        jax.block_until_ready(in_flight)
-        return (time.monotonic() - begun) / updates
+            return metrics
+
+        # So many stacks may lie there already, read for nothing.
+        rate = device.calls_per_second(call, seconds, untimed=AHEAD + 1, in_flight=MAX_IN_FLIGHT)
+        return 1 / (rate * step.updates_per_call)
 
     try:
         alone = seconds_an_update(itertools.repeat(next(iter(calls))))
@@ -132,7 +121,7 @@ def _network(
     name: str, network: Callable[..., Any], variables: Any, images: np.ndarray, seconds: float
 ) -> results.Record:
     program = device.compiled(jax.jit(network), variables, images)
-    rate = device.calls_per_second(lambda: jax.block_until_ready(program.run(variables, images)), seconds)
+    rate = device.calls_per_second(lambda: program.run(variables, images), seconds)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (variables, images))
     return {
         "what": name,

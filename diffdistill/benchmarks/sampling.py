@@ -92,7 +92,7 @@ def _measured(
             jax.block_until_ready(chunk.images)
 
     first, cached = device.first_call(call)
-    rate = device.calls_per_second(call, seconds, warm=True)
+    rate = device.calls_per_second(call, seconds, untimed=0)
     evaluations = generator.network_evaluations(num_steps, 0.0, sampler)
     return {
         "sampler": sampler,

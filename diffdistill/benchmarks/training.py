@@ -15,6 +15,7 @@ from diffdistill.config import Config, ConfigError
 from diffdistill.evaluation import results
 from diffdistill.methods.base import ARGUMENTS
 from diffdistill.training import mesh as meshes
+from diffdistill.training.loop import MAX_IN_FLIGHT
 
 METHODS = {"teacher": "teacher", "guided": "guided", "halving": "progressive", "distillation": "diff_instruct"}
 """The method of the stage that a benchmark measures."""
@@ -68,12 +69,12 @@ def measure(
     inputs = (batches, key, arguments, meshes.replicate(mesh, np.int32(count)), meshes.per_device_flag(mesh, False))
     program = device.compiled(step.function, state, frozen, *inputs)
 
-    def call() -> None:
+    def call() -> Any:
         nonlocal state
         state, metrics, _ = program.run(state, frozen, *inputs)
-        jax.block_until_ready(metrics)
+        return metrics
 
-    rate = device.calls_per_second(call, seconds) * count
+    rate = device.calls_per_second(call, seconds, in_flight=MAX_IN_FLIGHT) * count
     watched = {"where": where.of_calls(program.run, call, traced, count)} if traced else {}
     return {
         "batch_size": size,

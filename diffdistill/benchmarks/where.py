@@ -22,6 +22,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _COMPUTATION = re.compile(r"^%?(?P<name>[\w.-]+) .*\{$")
 _CALLS = re.compile(r"calls=%?([\w.-]+)")
 _CONTAINERS = ("while", "call", "conditional")  # whose time is that of what they contain
+_COMMAND_BUFFER = re.compile(r"command_buffer\w*")
 _MARKS = {  # in the name that JAX gives an operation, the first that fits
     "convolutions": ("conv_general_dilated",),
     "attention": ("dot_product_attention", "fmha", "softmax"),
@@ -29,6 +30,16 @@ _MARKS = {  # in the name that JAX gives an operation, the first that fits
     "norms": ("norm", "silu"),
     "matrix products": ("dot_general",),
 }
+_KERNELS = {  # in the name of a kernel of cuDNN or cuBLAS
+    ("attention", "backward"): ("bprop", "dot_do_o"),
+    ("attention", "forward"): ("sdpa",),
+    ("convolutions", "backward"): ("dgrad", "wgrad"),
+    ("convolutions", "forward"): ("fprop",),
+    ("matrix products", "unnamed"): ("nvjet", "gemm", "cutlass"),
+}
+
+Seen = tuple[str, str]
+"""The operation of the program that the profiler names, and the kernel that it saw."""
 
 
 def of_calls(program: Any, call: Callable[[], Any], calls: int, updates: int) -> Seconds:
@@ -38,25 +49,45 @@ def of_calls(program: Any, call: Callable[[], Any], calls: int, updates: int) ->
 
     Args:
       program: what `jax.jit(...).lower(...).compile()` gives.
-      call: calls it, and waits.
+      call: calls it, and returns what to wait for.
       updates: that a call makes.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
-                call()
-        seen = _seen(Path(folder))
+                jax.block_until_ready(call())
+        seen = seen_in(Path(folder))
     count = calls * updates * len(jax.local_devices())
     return by_part(program.as_text(), {name: seconds / count for name, seconds in seen.items()})
 
 
-def by_part(text: str, seen: Mapping[str, float]) -> Seconds:
+def by_part(text: str, seen: Mapping[Seen, float]) -> Seconds:
     """Sums the seconds of operations, by name, as the text of their program says what they are for.
 
     Names that the program does not have belong to other programs, and are left out. A fused operation without a name
-    of JAX takes that of the last one in it.
+    of JAX takes that of the last one in it. Of what a GPU launches together the profiler names the group alone: there
+    the name of a kernel counts, which is that of the operation or says what its library calls it.
     """
+    places = _places(text)
+    kernels = {re.sub(r"\W", "_", name): place for name, place in places.items()}
     found: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
+    for (operation, kernel), seconds in seen.items():
+        if _COMMAND_BUFFER.fullmatch(operation):
+            found[kernels.get(kernel) or _of_library(kernel)] += seconds
+        elif operation in places:
+            found[places[operation]] += seconds
+    return {part: {direction: found[part, direction] for direction in DIRECTIONS} for part in PARTS}
+
+
+def _of_library(kernel: str) -> tuple[str, str]:
+    """(part, direction) of a kernel that no operation of the program has given its name."""
+    marked = (place for place, marks in _KERNELS.items() if any(mark in kernel for mark in marks))
+    return next(marked, ("other", "unnamed"))
+
+
+def _places(text: str) -> dict[str, tuple[str, str]]:
+    """(part, direction) of every operation of a compiled program, by its name, but for those that contain others."""
+    places = {}
     inside, last = "", {}
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -64,11 +95,11 @@ def by_part(text: str, seen: Mapping[str, float]) -> Seconds:
         match, named = _INSTRUCTION.match(line), _OP_NAME.search(line)
         if named:
             last[inside] = named[1]
-        if match and match["name"] in seen and match["operation"] not in _CONTAINERS:
+        if match and match["operation"] not in _CONTAINERS:
             calls = _CALLS.search(line)
             name = named[1] if named else last.get(calls[1], "") if calls else ""
-            found[_place(name, match["operation"])] += seen[match["name"]]
-    return {part: {direction: found[part, direction] for direction in DIRECTIONS} for part in PARTS}
+            places[match["name"]] = _place(name, match["operation"])
+    return places
 
 
 def table(seconds: Seconds) -> str:
@@ -99,14 +130,14 @@ def _place(name: str, operation: str) -> tuple[str, str]:
     return part, direction
 
 
-def _seen(folder: Path) -> dict[str, float]:
-    """Seconds of every operation of a compiled program, by its name, over all devices."""
-    found: collections.defaultdict[str, float] = collections.defaultdict(float)
+def seen_in(folder: Path) -> dict[Seen, float]:
+    """Seconds of every operation and kernel that the profiler wrote into a folder, over all devices."""
+    found: collections.defaultdict[Seen, float] = collections.defaultdict(float)
     for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
             for line in plane.lines:
                 for event in line.events:
                     operation = dict(event.stats).get("hlo_op")
                     if operation is not None and not event.name.startswith("end: "):
-                        found[str(operation)] += event.duration_ns / 1e9
+                        found[str(operation), event.name] += event.duration_ns / 1e9
     return found
