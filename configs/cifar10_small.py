@@ -24,8 +24,8 @@ REFERENCE_RATE = 8000  # training images a second of the teacher, for which the 
 # some 35 for the guided student's, 8 for that of the rounds; evaluation was given 55.
 OVERHEAD = 210
 # Of an example, in updates of the teacher. By FLOPs both are 5 / 3, two evaluations of the teacher beside the student's
-# forward and backward; the guided student took 2.5 on that H200, halving 1.8 in the 50 updates that it was seen.
-GUIDED_COST, HALVING_COST = 2.5, 5 / 3
+# forward and backward; on H200s two guided students took 2.5 and 2.3, four rounds 2.1 to 2.7.
+GUIDED_COST, HALVING_COST = 2.5, 2.2
 # Shares of the training time. The rounds to 16, 8 and 4 steps have one part each, those to 2 and 1 two.
 TEACHER_SHARE, GUIDED_SHARE, ROUNDS_SHARE, ROUNDS_PARTS = 0.5, 0.18, 0.32, 7
 # The same with "edm-": of an example, four evaluations of the fake denoiser beside the generator's sample and gradient

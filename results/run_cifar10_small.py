@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/cifar10_small"))
     parser.add_argument("--out", type=Path, default=Path("collected"))
     parser.add_argument("--seconds", type=float, default=1500.0, help="for all of it")
-    parser.add_argument("--evaluation", type=float, default=90.0, help="seconds that training must leave")
+    parser.add_argument("--evaluation", type=float, default=150.0, help="seconds that training must leave")
     text = "seconds for the start of a program and of its stages: compiled ahead, 6, 35 and 8 on one H200"
     parser.add_argument("--starting", type=float, default=50.0, help=text)
     parser.add_argument("--rate", type=float, default=0.0, help="images/s of the teacher; by default it is measured")
