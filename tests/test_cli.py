@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_is_code_3(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("Error: Stage teacher: ")
 
 
-@pytest.mark.parametrize(("arguments", "code"), [((SMOKE, "--mode=plan"), 0), ((SMOKE, "--mode=plan", "more"), 2)])
+@pytest.mark.parametrize(("arguments", "code"), [(["--mode=table"], 0), (["--mode=table", "more"], 2)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_work_changes_nothing(arguments, code, number):
     """A run that was over said KeyboardInterrupt when the signal came while Python ended."""
