@@ -13,8 +13,8 @@ from diffdistill.data.contract import Source
 from diffdistill.data.unlabelled import open_unlabelled
 from diffdistill.evaluation import measuring, reference, results, tables
 from diffdistill.evaluation.measuring import Network
+from diffdistill.evaluation.partial import Partial
 from diffdistill.evaluation.reference import Reference
-from diffdistill.evaluation.stream import Partial
 from diffdistill.judges.inception import load_network
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes

@@ -18,7 +18,7 @@ import numpy as np
 from diffdistill import samplers, sampling_program
 from diffdistill.data.pipeline import Batch
 from diffdistill.diffusion.schedules import Schedule
-from diffdistill.evaluation.stream import Chunk
+from diffdistill.evaluation.image_statistics import Chunk
 from diffdistill.models.denoiser import Denoiser
 from diffdistill.samplers import respaced
 from diffdistill.training import mesh as meshes

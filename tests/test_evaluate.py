@@ -17,7 +17,7 @@ from diffdistill import evaluate, evaluate_images, runner, workdir
 from diffdistill.config import EvaluationConfig
 from diffdistill.data.contract import DataError
 from diffdistill.data.pipeline import in_memory
-from diffdistill.evaluation import metrics, moments, reference, results, stream
+from diffdistill.evaluation import image_statistics, metrics, moments, reference, results, stream
 from diffdistill.evaluation.reference import StatisticsError
 from diffdistill.training.interrupt import Interrupt
 from diffdistill.weights import WeightsError, fetch
@@ -114,7 +114,7 @@ def test_a_stopped_evaluation_continues_to_the_same_figures(measured, folder, we
     copied = dataclasses.replace(folder, path=tmp_path / "run")
     shutil.copytree(folder.path, copied.path)
     (copied.path / evaluate.RESULTS).unlink()
-    interrupt, original, counted = Interrupt(), stream.add, []
+    interrupt, original, counted = Interrupt(), image_statistics.add, []
 
     def stopping(*arguments):
         counted.append(1)
@@ -122,7 +122,7 @@ def test_a_stopped_evaluation_continues_to_the_same_figures(measured, folder, we
             interrupt.request("SIGTERM")
         return original(*arguments)
 
-    monkeypatch.setattr(stream, "add", stopping)
+    monkeypatch.setattr(image_statistics, "add", stopping)
     source = in_memory(runner.open_data(folder.config)[0])
     with pytest.raises(stream.EvaluationInterrupted, match="SIGTERM"):
         evaluate.evaluate(copied, source, interrupt, inception_weights=str(weights))

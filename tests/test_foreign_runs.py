@@ -11,7 +11,8 @@ from configs import digits
 from diffdistill import chain, config, report, targets, workdir
 from diffdistill.chain import DataFacts
 from diffdistill.evaluate import samples_path
-from diffdistill.evaluation import stream
+from diffdistill.evaluation import image_statistics
+from diffdistill.evaluation.partial import Partial
 from diffdistill.evaluation.report import write_report
 from diffdistill.evaluation.results import ResultsError
 from diffdistill.training import checksums
@@ -207,15 +208,15 @@ def test_damaged_transfers_are_named(tmp_path):
 
 
 def test_a_damaged_partial_evaluation_is_named(tmp_path):
-    like = stream.empty(20, 4)
-    partial = stream.Partial(tmp_path, "x")
+    like = image_statistics.empty(20, 4)
+    partial = Partial(tmp_path, "x")
     partial.save(5, 1.5, like)
     assert partial.load(like)[:2] == (5, 1.5)
     (partial.path / "not a number").mkdir()
     (partial.path / "not a number" / "complete").touch()
     assert partial.load(like)[0] == 5
     share = partial.path / "5" / "process_0000.npz"
-    arrays = stream.to_arrays(like)
+    arrays = image_statistics.to_arrays(like)
     whole = share.read_bytes()
     for make in (
         lambda: share.write_bytes(b"PK\3\4"),

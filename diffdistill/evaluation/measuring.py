@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 from diffdistill.data.contract import DataError, Source
 from diffdistill.data.pipeline import gather
 from diffdistill.data.unlabelled import open_unlabelled
-from diffdistill.evaluation import inception, metrics, reference, scores, stream
+from diffdistill.evaluation import image_statistics, inception, metrics, reference, scores, stream
+from diffdistill.evaluation.image_statistics import Chunk, ImageStatistics
 from diffdistill.evaluation.inception import FeatureExtractor
+from diffdistill.evaluation.partial import Partial
 from diffdistill.evaluation.reference import Reference, StatisticsError
-from diffdistill.evaluation.stream import Accumulated, Chunk, ImageStatistics, Partial
+from diffdistill.evaluation.stream import Accumulated
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
@@ -40,7 +42,7 @@ class Network:
     variables: Any
 
     def extract(self, images: jax.Array) -> Mapping[str, jax.Array]:
-        """images (B, H, W, 1 or 3) uint8, sharded by rows -> the arrays of stream.TAPS, (B, d) float32, sharded so."""
+        """images (B, H, W, 1 or 3) uint8, sharded by rows -> the arrays of TAPS, (B, d) float32, sharded so."""
         return _extract(self.extractor.protocol)(self.variables, images)
 
     def text(self) -> str:
@@ -136,7 +138,7 @@ class Network:
                 yield Chunk(meshes.shard_batch(mesh, images), start, min(start + size, len(chosen)))
 
         title = f"statistics of {source.name}"
-        nothing = stream.empty(len(chosen), capacity)
+        nothing = image_statistics.empty(len(chosen), capacity)
         return stream.accumulate(chunks, self.extract, nothing, len(chosen), partial, interrupt, title)
 
 
@@ -159,7 +161,7 @@ def _extract(protocol: str) -> Any:
         block = min(len(images), _block(mesh))
         padding = [(0, -len(images) % block), *[(0, 0)] * 3]
         blocks = jnp.pad(images, padding).reshape(-1, block, *images.shape[1:])
-        taps = jax.lax.map(lambda x: inception.apply(variables, x, protocol, stream.TAPS), blocks)
+        taps = jax.lax.map(lambda x: inception.apply(variables, x, protocol, image_statistics.TAPS), blocks)
         return {name: values.reshape(-1, values.shape[-1])[: len(images)] for name, values in taps.items()}
 
     return jax.jit(meshes.per_device(mesh, on_device))

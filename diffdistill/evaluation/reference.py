@@ -34,7 +34,7 @@ from diffdistill.evaluation import program, protocols
 from diffdistill.evaluation.files import write_atomically
 
 if TYPE_CHECKING:
-    from diffdistill.evaluation.stream import ImageStatistics
+    from diffdistill.evaluation.image_statistics import ImageStatistics
 
 _MEMBERS = ("mu", "sigma", "mu_s", "sigma_s", "features", "provenance")
 _IMAGES = {"arr_0", "images"}

@@ -8,10 +8,11 @@ from typing import Any
 
 from diffdistill.config import EvaluationConfig
 from diffdistill.data.contract import DataError, Source
-from diffdistill.evaluation import measuring, stream
+from diffdistill.evaluation import image_statistics, measuring, stream
+from diffdistill.evaluation.image_statistics import Chunk
 from diffdistill.evaluation.measuring import Network
+from diffdistill.evaluation.partial import Partial
 from diffdistill.evaluation.reference import Reference
-from diffdistill.evaluation.stream import Chunk, Partial
 from diffdistill.generator import Generator
 from diffdistill.judges.contract import SHOWN, Figures, Measurement
 from diffdistill.training import processes
@@ -56,7 +57,7 @@ class InceptionJudge:
         found = stream.accumulate(
             chunks,
             self._network.extract,
-            stream.empty(evaluation.num_samples, evaluation.reservoir),
+            image_statistics.empty(evaluation.num_samples, evaluation.reservoir),
             evaluation.num_samples,
             partial,
             interrupt,

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from diffdistill.evaluation import moments, reference
+from diffdistill.evaluation.image_statistics import ImageStatistics
 from diffdistill.evaluation.moments import Reservoir
 from diffdistill.evaluation.reference import StatisticsError
-from diffdistill.evaluation.stream import ImageStatistics
 
 D, D_SPATIAL = 5, 7
 RANDOM = np.random.default_rng(0)

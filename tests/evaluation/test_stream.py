@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from diffdistill.data.contract import DataError
-from diffdistill.evaluation import metrics, moments, stream
-from diffdistill.evaluation.stream import Chunk, ImageStatistics, Partial
+from diffdistill.evaluation import image_statistics, metrics, moments, partial, stream
+from diffdistill.evaluation.image_statistics import Chunk, ImageStatistics
+from diffdistill.evaluation.partial import Partial
 from diffdistill.training import mesh as meshes
 from diffdistill.training import processes
 from diffdistill.training.interrupt import Interrupt
@@ -40,14 +41,17 @@ def chunks(first: int, stop: int = NUM, rows: int = ROWS):
         yield Chunk(meshes.shard_batch(meshes.make_mesh(), padded), start, min(start + rows, stop))
 
 
+def empty() -> ImageStatistics:
+    return image_statistics.empty(NUM, 30)
+
+
 def accumulate(folder: Path, source=chunks, interrupt: Interrupt | None = None) -> ImageStatistics:
     partial = Partial(folder, "a set of images")
-    empty = stream.empty(NUM, 30)
-    return stream.accumulate(source, extract, empty, NUM, partial, interrupt or Interrupt(), "test").statistics
+    return stream.accumulate(source, extract, empty(), NUM, partial, interrupt or Interrupt(), "test").statistics
 
 
 def same(first: ImageStatistics, second: ImageStatistics, **tolerance: float) -> None:
-    expected, found = stream.to_arrays(first), stream.to_arrays(second)
+    expected, found = image_statistics.to_arrays(first), image_statistics.to_arrays(second)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, **tolerance, err_msg=name)
 
@@ -77,14 +81,14 @@ def test_shards_merge_in_any_order_to_the_same_statistics(whole, shards):
     bounds = np.linspace(0, NUM, shards + 1).astype(int)
     parts = []
     for first, stop in itertools.pairwise(bounds):
-        part = stream.empty(NUM, 30)
+        part = empty()
         for chunk in chunks(first, stop):
-            part = stream.add(part, chunk, extract(chunk.images))
+            part = image_statistics.add(part, chunk, extract(chunk.images))
         parts.append(part)
     for order in (range(shards), np.random.default_rng(0).permutation(shards)):
         merged = parts[order[0]]
         for index in order[1:]:
-            merged = stream.merge(merged, parts[index])
+            merged = image_statistics.merge(merged, parts[index])
         same(whole, merged, rtol=1e-12, atol=1e-12)
 
 
@@ -130,16 +134,14 @@ def test_a_killed_accumulation_continues_to_the_same_bits(whole, tmp_path, after
         assert first == after * ROWS
         return chunks(first)
 
-    found = stream.accumulate(
-        rest, extract, stream.empty(NUM, 30), NUM, Partial(tmp_path, "a set of images"), Interrupt(), "test"
-    )
+    found = stream.accumulate(rest, extract, empty(), NUM, Partial(tmp_path, "a set of images"), Interrupt(), "test")
     same(whole, found.statistics, rtol=0, atol=0)
     assert found.seconds > 10
 
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_save_before(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "SAVE_SECONDS", 0.0)  # after every chunk
-    original, calls = stream.write_atomically, []
+    original, calls = partial.write_atomically, []
 
     def dying(path, write):
         calls.append(path)
@@ -147,19 +149,19 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_save_before(whole, tmp_path, 
             raise KeyboardInterrupt
         return original(path, write)
 
-    monkeypatch.setattr(stream, "write_atomically", dying)
+    monkeypatch.setattr(partial, "write_atomically", dying)
     with pytest.raises(KeyboardInterrupt):
         accumulate(tmp_path)
-    monkeypatch.setattr(stream, "write_atomically", original)
+    monkeypatch.setattr(partial, "write_atomically", original)
     begun = []
     same(whole, accumulate(tmp_path, lambda first: begun.append(first) or chunks(first)), rtol=0, atol=0)
     assert begun == [ROWS]
 
 
 def test_statistics_survive_a_file(whole, tmp_path):
-    np.savez(tmp_path / "x.npz", **stream.to_arrays(whole))
+    np.savez(tmp_path / "x.npz", **image_statistics.to_arrays(whole))
     with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
-        found = stream.from_arrays(file)
+        found = image_statistics.from_arrays(file)
     same(whole, found, rtol=0, atol=0)
     assert [type(getattr(found, field.name)) for field in dataclasses.fields(found)] == [
         type(getattr(whole, field.name)) for field in dataclasses.fields(whole)
@@ -172,7 +174,7 @@ def test_features_that_are_not_finite_are_refused_by_the_numbers_of_their_images
         return {**taps, "sfid": taps["sfid"].at[3, 7].set(jnp.nan)}
 
     with pytest.raises(stream.FeaturesError, match=r"test, images 0 to 15: the features hold a NaN"):
-        stream.accumulate(chunks, broken, stream.empty(NUM, 30), NUM, Partial(tmp_path, "x"), Interrupt(), "test")
+        stream.accumulate(chunks, broken, empty(), NUM, Partial(tmp_path, "x"), Interrupt(), "test")
 
 
 def test_where_another_process_fails_this_one_stops_too(tmp_path, monkeypatch):
@@ -194,7 +196,7 @@ def test_where_another_process_fails_this_one_stops_too(tmp_path, monkeypatch):
 
 
 def test_the_pace_says_where_the_time_went(tmp_path):
-    found = stream.accumulate(chunks, extract, stream.empty(NUM, 30), NUM, Partial(tmp_path, "x"), Interrupt(), "test")
+    found = stream.accumulate(chunks, extract, empty(), NUM, Partial(tmp_path, "x"), Interrupt(), "test")
     assert found.pace is not None
     pace = found.pace
     assert pace.making > 0

@@ -22,7 +22,8 @@ from diffdistill import config as configs
 from diffdistill.chain import DataFacts
 from diffdistill.config import ConfigError
 from diffdistill.evaluate import samples_path
-from diffdistill.evaluation import results, stream, tables
+from diffdistill.evaluation import image_statistics, results, tables
+from diffdistill.evaluation.partial import Partial
 from diffdistill.evaluation.report import write_report
 from diffdistill.training import checksums
 from diffdistill.training.errors import CheckpointError
@@ -162,19 +163,19 @@ def samples_name() -> str:
     return str(samples_path(run, "teacher", chain.full_steps(config()), weights[len(weights) // 2]).relative_to("/"))
 
 
-PARTIAL = stream.Partial(Path("partial"), "x")
+PARTIAL = Partial(Path("partial"), "x")
 
 
 def partial_of(folder: Path) -> None:
-    stream.Partial(folder / "partial", "x").load(like())
+    Partial(folder / "partial", "x").load(like())
 
 
-def like() -> stream.ImageStatistics:
+def like() -> image_statistics.ImageStatistics:
     """Of few features: those of Inception have 70 MB."""
     from diffdistill.evaluation import moments, scores
 
     small = moments.empty_moments(3)
-    return stream.ImageStatistics(small, small, scores.empty_scores(20, 5), moments.empty_reservoir(3, 4))
+    return image_statistics.ImageStatistics(small, small, scores.empty_scores(20, 5), moments.empty_reservoir(3, 4))
 
 
 TRANSFER = {
@@ -242,7 +243,7 @@ def known(owned: Path) -> dict[str, Reader]:
     with tempfile.TemporaryDirectory() as folder:  # what the first plot needs is fetched before anything is watched
         write_report(Path(folder) / "report.html", title="run", losses=[{"stage": "teacher", "step": 1, "loss": 1.0}])
     partial = f"partial/{PARTIAL.path.name}/5"
-    share = npz(**stream.to_arrays(like()))
+    share = npz(**image_statistics.to_arrays(like()))
     about = b'{"processes": 1, "seconds": 1.0}'
     sample = npz(images=np.zeros((20, 8, 8, 1), np.uint8), labels=np.arange(20) % 10)
     losses = b'{"update": [0, 1, 2], "loss": [1.0, 0.5, 0.25]}'
