@@ -83,6 +83,20 @@ def smoke_run(tmp_path_factory) -> Iterator[SmokeRun]:
     assert {file for file in path.rglob("*") if file.is_file()} == files, "a test wrote into the run that all share"
 
 
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Goes to a machine, by number; the bucket is empty at first."""
+    from machines import BUCKET
+
+    def go(number: int) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine_{number}"))
+
+    go(1)
+    yield go
+    if BUCKET.exists("/bucket"):
+        BUCKET.rm("/bucket", recursive=True)
+
+
 def _train(config: Any, path: Path) -> int:
     """Trains a run; returns how often the target of its halving rounds was traced."""
     from diffdistill import chain, runner

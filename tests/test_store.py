@@ -3,79 +3,30 @@
 fsspec's memory:// stands for an object store; a machine is a cache folder.
 """
 
-import errno
-import json
-import os
 import shutil
 import threading
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
+from machines import (
+    BUCKET,
+    URL,
+    at_address,
+    in_folder,
+    opened,
+    say_nothing,
+    see_that_the_later_machine_counts,
+    train,
+    write,
+)
 
 from diffdistill import mirror, runner, sample, store, workdir
 from diffdistill.data import DataError
-from diffdistill.store import Store, StoreError
+from diffdistill.store import StoreError
 from diffdistill.training import checksums
 from diffdistill.training.checkpoints import COMMITTED
 from diffdistill.training.errors import Interrupted, OtherProcessFailed, ProcessesDisagree, ProcessLost
-from diffdistill.training.interrupt import Interrupt
-
-BUCKET = fsspec.filesystem("memory")
-URL = "memory://bucket/run"
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """Goes to a machine, by number; the bucket is empty at first."""
-
-    def go(number: int) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine_{number}"))
-
-    go(1)
-    yield go
-    if BUCKET.exists("/bucket"):
-        BUCKET.rm("/bucket", recursive=True)
-
-
-def opened() -> Store:
-    opened = Store(URL)
-    opened.open()
-    return opened
-
-
-def say_nothing(text: str) -> None:
-    pass
-
-
-def write(folder: Path, name: str, text: str) -> None:
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text)
-
-
-def train(folder: Path, updates: range) -> None:
-    """A run that saves at every update, and keeps two checkpoints."""
-    write(folder, "config.json", f'{{"starts": {len(updates)}}}')
-    for update in updates:
-        lines = [json.dumps({"step": step}) for step in range(1, update + 1)]
-        write(folder, "metrics.jsonl", "\n".join(lines))
-        checkpoint = folder / "teacher" / str(update)
-        for item in ("params", "ema"):
-            write(checkpoint, f"{item}/d/array", f"{item} after {update}")
-        checksums.write(checkpoint)
-        write(checkpoint, COMMITTED, "complete")
-        shutil.rmtree(folder / "teacher" / str(update - 2), ignore_errors=True)
-
-
-def at_address() -> dict[str, bytes]:
-    prefix = "/bucket/run/"
-    names = {path: path.removeprefix(prefix) for path in BUCKET.find("/bucket/run")}
-    return {name: BUCKET.cat_file(path) for path, name in names.items() if name != ".diffdistill-session"}
-
-
-def in_folder(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_is_copied_and_found_by_another_machine(machine):
@@ -195,32 +146,6 @@ def test_the_machine_that_was_killed_goes_on_with_what_it_had_not_copied(machine
     assert f"teacher/3/{COMMITTED}" in at_address()
 
 
-def see_that_the_later_machine_counts(url, at_address, machine, monkeypatch, capsys):
-    """The earlier one is asked to stop; what it had that was not copied is put aside when it is started again."""
-    monkeypatch.setattr(store, "PERIOD", 0.01)
-    interrupt = Interrupt()
-    one = Store(url, interrupt)
-    one.open()
-    train(one.folder, range(1, 3))
-    one.copy()
-    machine(2)
-    with store.kept(url, say=say_nothing) as path:
-        train(Path(path), range(3, 4))
-    there = at_address()
-    train(one.folder, range(3, 5))
-    one._thread.join(60)
-    assert interrupt.reason == f"another program, which has opened {url},"
-    with pytest.raises(store.Lost, match=f"Another program has opened {url}"):
-        one.close(say_nothing)
-    assert at_address() == there
-    machine(1)
-    with store.kept(url, say=say_nothing) as path:
-        assert in_folder(Path(path)) == there
-    (aside,) = Path(path).parent.glob("run-before-*")
-    assert (aside / "teacher" / "4").is_dir()
-    assert f"beyond that is in {aside}" in capsys.readouterr().err
-
-
 def test_of_two_machines_the_later_one_counts(machine, monkeypatch, capsys):
     see_that_the_later_machine_counts(URL, at_address, machine, monkeypatch, capsys)
 
@@ -266,110 +191,6 @@ def test_a_program_that_copies_while_another_opens_the_run_harms_nothing(machine
     one._lock.close()
     assert f"teacher/4/{COMMITTED}" not in at_address()  # no mark after the other came
     assert f"teacher/2/{COMMITTED}" in at_address()
-
-
-def test_what_a_cleaned_cache_has_lost_comes_back(machine):
-    with store.kept(URL, say=say_nothing) as path:
-        train(Path(path), range(1, 4))
-    there = at_address()
-    for lost in ("teacher", "metrics.jsonl", "config.json"):
-        victim = Path(path) / lost
-        shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
-        with store.kept(URL, say=say_nothing):
-            assert in_folder(Path(path)) == there
-        assert at_address() == there
-
-
-def test_a_checkpoint_is_deleted_there_only_for_a_newer_one(machine):
-    one = opened()
-    train(one.folder, range(1, 4))
-    one.copy()
-    there = at_address()
-    shutil.rmtree(one.folder / "teacher" / "3")  # moved away since it was damaged here
-    one.copy()
-    assert at_address() == there
-    train(one.folder, range(4, 5))
-    one.copy()
-    assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"4"}
-    one.close(say_nothing)
-
-
-def test_a_checkpoint_that_is_being_deleted_is_not_copied(machine):
-    one = opened()
-    train(one.folder, range(1, 4))
-    (one.folder / "teacher/2/params/d/array").unlink()
-    one.copy()
-    assert {name.split("/")[1] for name in at_address() if name.startswith("teacher")} == {"3"}
-    one.close(say_nothing)
-
-
-def test_a_checkpoint_that_is_damaged_here_replaces_no_good_one(machine, capsys):
-    one = opened()
-    train(one.folder, range(1, 4))
-    one.copy()
-    there = at_address()
-    write(one.folder, "teacher/3/params/d/array", "")
-    one.close(say_nothing)
-    assert at_address() == there
-    shutil.rmtree(one.folder / "teacher" / "3")  # moved away, as the message of the damage says
-    with store.kept(URL, say=say_nothing):
-        assert in_folder(one.folder) == there  # the good one has come back
-    assert capsys.readouterr().err == ""
-
-    BUCKET.pipe_file("/bucket/run/teacher/3/params/d/array", b"damaged there!")  # as long as it was
-    shutil.rmtree(one.folder / "teacher" / "3")
-    with store.kept(URL, say=say_nothing):
-        assert not (one.folder / "teacher" / "3").exists()
-    assert "The checkpoint teacher/3 at memory://bucket/run is damaged" in capsys.readouterr().err
-
-
-def test_what_cannot_be_listed_here_is_not_deleted_there(machine, monkeypatch):
-    one, original = opened(), os.scandir
-    train(one.folder, range(1, 4))
-    write(one.folder, "evaluation/results.jsonl", "{}")
-    one.copy()
-    there = at_address()
-
-    def scandir(path):
-        if Path(path).name == "evaluation":
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-        return original(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", scandir)
-        with pytest.raises(StoreError, match="Input/output error"):
-            one.copy()
-    assert at_address() == there
-    one.close(say_nothing)
-
-
-def test_what_the_address_has_lost_goes_up_again(machine):
-    with store.kept(URL, say=say_nothing) as path:
-        train(Path(path), range(1, 4))
-    there = at_address()
-    BUCKET.rm("/bucket/run/teacher", recursive=True)
-    with store.kept(URL, say=say_nothing):
-        pass
-    assert at_address() == there
-
-
-def test_files_that_change_while_they_are_fetched_are_fetched_again(machine, monkeypatch):
-    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
-    with store.kept(URL, say=say_nothing) as path:
-        train(Path(path), range(1, 4))
-    honest, changes = type(BUCKET).get_file, [b"longer\n" * 30, b"short\n"]
-
-    def get(self, path, to, **more):
-        if path.endswith("metrics.jsonl") and changes:
-            BUCKET.pipe_file(path, changes.pop())
-        honest(self, path, to, **more)
-
-    monkeypatch.setattr(type(BUCKET), "get_file", get)
-    machine(2)
-    with store.kept(URL, say=say_nothing) as path:
-        assert (Path(path) / "metrics.jsonl").read_bytes() == b"longer\n" * 30
-    changes.append(b"read while it grows\n")
-    assert (workdir.remote.local(URL) / "metrics.jsonl").read_bytes() == b"read while it grows\n"
 
 
 @pytest.mark.parametrize("name", ["staged", "fetched", "lock", "record.json"])
@@ -422,76 +243,6 @@ def test_one_machine_works_on_it_once(machine):
     with pytest.raises(StoreError, match="Another program on this machine works on"):
         opened()
     one.close(say_nothing)
-
-
-def test_damage_here_does_not_reach_the_address(machine):
-    one = opened()
-    train(one.folder, range(1, 4))
-    one.copy()
-    there = at_address()
-    (one.folder / "teacher/3" / COMMITTED).unlink()
-    (one.folder / "teacher/2/params/d/array").unlink()
-    one.copy()
-    assert at_address() == there
-    (one.folder / "config.json").unlink()
-    with pytest.raises(StoreError, match=r"has lost its config\.json"):
-        one.copy()
-    assert at_address() == there
-    one._lock.close()
-
-
-def test_files_that_are_no_run_are_left_alone(machine):
-    BUCKET.pipe_file("/bucket/run/thesis.pdf", b"years of work")
-    with (
-        pytest.raises(StoreError, match=r"memory://bucket/run holds files, such as thesis\.pdf, but no run"),
-        store.kept(URL, say=say_nothing),
-    ):
-        raise AssertionError
-    assert at_address() == {"thesis.pdf": b"years of work"}
-
-
-def test_a_run_that_is_gone_from_its_address_stays_here(machine):
-    with store.kept(URL, say=say_nothing) as path:
-        train(Path(path), range(1, 2))
-    BUCKET.rm("/bucket/run", recursive=True)
-    with (
-        pytest.raises(StoreError, match="Nothing is at memory://bucket/run any more, but"),
-        store.kept(URL, say=say_nothing),
-    ):
-        raise AssertionError
-    assert (Path(path) / "config.json").exists()
-
-
-def test_a_store_that_fails_is_tried_again_and_named(machine, monkeypatch, capsys):
-    monkeypatch.setattr(store, "PERIOD", 0.01)
-    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
-    honest = type(BUCKET).put_file
-
-    def broken(self, *arguments, **more):
-        raise ConnectionError("no route to host")
-
-    one = opened()
-    monkeypatch.setattr(type(BUCKET), "put_file", broken)
-    train(one.folder, range(1, 2))
-    one._thread.join(0.5)  # many copies
-    assert capsys.readouterr().err.count("Warning: The run cannot be copied") == 1
-    with pytest.raises(StoreError, match=r"copied to memory://bucket/run \(ConnectionError: no route to host\)"):
-        one.close(say_nothing)
-    monkeypatch.setattr(type(BUCKET), "put_file", honest)
-    with store.kept(URL, say=say_nothing):
-        pass
-    assert at_address() == in_folder(one.folder)
-
-    monkeypatch.setattr(type(BUCKET), "put_file", broken)
-
-    def fail() -> None:
-        with store.kept(URL, say=say_nothing) as path:
-            write(Path(path), "metrics.jsonl", "more")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):  # what went wrong first is said
-        fail()
-    assert "Warning: The run cannot be copied to memory://bucket/run" in capsys.readouterr().err
 
 
 def test_an_unknown_kind_of_address_is_named(machine):

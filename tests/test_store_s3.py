@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import s3fs
 from fsspec.registry import _registry
+from machines import in_folder, say_nothing, see_that_the_later_machine_counts, train, write
 from s3_server import Server, no_trouble
-from test_store import in_folder, say_nothing, see_that_the_later_machine_counts, train, write
 
 from diffdistill import store
 from diffdistill.data import DataError
