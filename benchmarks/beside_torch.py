@@ -40,6 +40,7 @@ def in_jax(name: str, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "main.py", "--mode=benchmark", f"--config={config}", f"--out={out}"]
         command += [f"--dtypes={options.dtype}", f"--benchmark_seconds={options.seconds}"]
         command += ["--config.teacher.augmentation=0.0", "--config.training.updates_per_call=1"]
+        command.append(f"--traced={options.traced}")
         if options.small or options.batch:
             command.append(f"--config.teacher.batch_size={batch if options.small else options.batch}")
         if options.small and channels:
@@ -52,7 +53,7 @@ def in_jax(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def in_torch(name: str, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     command = [sys.executable, str(HERE / "torch_networks.py"), name, f"--batch={batch}", f"--dtype={options.dtype}"]
-    command += [f"--seconds={options.seconds}", f"--device={options.device}"]
+    command += [f"--seconds={options.seconds}", f"--device={options.device}", f"--traced={options.traced}"]
     if options.small and NETWORKS[name][2]:
         command.append(f"--channels={NETWORKS[name][2]}")
     return lines(command + ["--compile"] * options.compile, "cpu")
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--traced", type=int, default=0, help="further updates that the profiler watches, on CPUs")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
     rates: dict[tuple[str, str], list[float]] = {}

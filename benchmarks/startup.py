@@ -1,11 +1,13 @@
 """How long the program takes to start: anew, from the compilation cache, resumed, and finished. JSON and a table.
 
     python benchmarks/startup.py --small
-    python benchmarks/startup.py --config=configs/digits.py --out=results/startup.jsonl
+    python benchmarks/startup.py --config=configs/digits.py --brief --out=results/startup.jsonl
+    python benchmarks/startup.py --config=configs/digits.py --finished=runs/digits
 
 Of training: seconds from the start of the command until the metrics of its first update are on disk. First with an
 empty compilation cache, then in another workdir with what that left, then resumed from a checkpoint. "finished" is
-the same command once more after its end, until it returns. --small: the smoke variant of the digits.
+the same command once more after its end, until it returns. --small: the smoke variant of the digits, its teacher
+alone. --finished: only that, of a run which is finished.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def start(cache: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "main.py", *flags, f"--workdir={workdir}", "--config.training.log_every=1"],
+        [sys.executable, "main.py", *flags, f"--workdir={workdir}"],
         cwd=ROOT,
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -78,11 +80,15 @@ def main() -> None:
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--brief", action="store_true", help="do not run it to its end")
+    parser.add_argument("--finished", type=Path, help="a finished run")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
     flags = ["--config=configs/digits.py:smoke" if options.small else f"--config={options.config}"]
     if options.small:
         flags += ["--config.teacher.num_updates=200", "--config.training.save_every=50"]
+        flags += ["--config.guided.num_updates=0", "--config.progressive.num_updates=0"]
+    if not options.finished:
+        flags.append("--config.training.log_every=1")
     records = []
 
     def note(what: str, seconds: float) -> None:
@@ -95,16 +101,18 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
 
     with tempfile.TemporaryDirectory() as place:
-        cache, run, other = Path(place) / "cache", Path(place) / "run", Path(place) / "other"
-        note("first update, nothing in the cache", first_update(cache, other, *flags))
+        cache, run, other = Path(place) / "cache", options.finished or Path(place) / "run", Path(place) / "other"
 
         def saved() -> bool:
             return any((run / "teacher").glob("[0-9]*/_CHECKPOINT_METADATA"))
 
-        note("first update, programs from the cache", first_update(cache, run, *flags, until=saved))
-        note("first update after a resume", first_update(cache, run, *flags))
+        if not options.finished:
+            note("first update, nothing in the cache", first_update(cache, other, *flags))
+            note("first update, programs from the cache", first_update(cache, run, *flags, until=saved))
+            note("first update after a resume", first_update(cache, run, *flags))
+            if not options.brief:
+                note("the whole run", whole(cache, run, *flags))
         if not options.brief:
-            note("the whole run", whole(cache, run, *flags))
             note("the same command again, all of it finished", whole(cache, run, *flags))
     print("\n| what | seconds |\n|---|---|")
     for record in records:

@@ -226,6 +226,18 @@ def v_loss(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> to
     return ((alpha / sigma).clamp(min=1) ** 2 * (x_hat - x) ** 2).mean()
 
 
+def where(update: Callable[[], None], updates: int) -> dict[str, float]:
+    """Seconds of an update on CPUs that the profiler sees in convolutions, of both directions, and in all else."""
+    with torch.profiler.profile() as seen:
+        for _ in range(updates):
+            update()
+    found = {"convolutions": 0.0, "other": 0.0}
+    for operation in seen.key_averages():
+        part = "convolutions" if "conv" in operation.key else "other"
+        found[part] += operation.self_cpu_time_total / 1e6 / updates
+    return found
+
+
 NETWORKS: dict[str, tuple[type[UNet], Loss, int, int, int]] = {  # loss, channels, side, channels of the image
     "ddpmpp": (DDPMpp, edm_loss, 128, 32, 3),
     "digits": (Digits, v_loss, 32, 8, 1),
@@ -242,8 +254,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--traced", type=int, default=0, help="further updates that the profiler watches, on CPUs")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
+    if options.traced and options.device != "cpu":
+        parser.error("--traced says where the time of CPUs goes: leave it away, or give --device=cpu")
     kind, plain_loss, channels, side, image_channels = NETWORKS[options.network]
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     network = kind(options.channels or channels).to(options.device, memory_format=torch.channels_last)
@@ -278,7 +293,8 @@ def main() -> None:
         while updates < 2 or time.monotonic() - begun < options.seconds:
             update()
             updates += 1
-            wait()
+        wait()
+        rate = updates * options.batch / (time.monotonic() - begun)
         record = {
             "benchmark": "teacher",
             "network": options.network,
@@ -286,11 +302,13 @@ def main() -> None:
             "dtype": options.dtype,
             "parameters": parameters,
             "batch_size": options.batch,
-            "images_per_second": updates * options.batch / (time.monotonic() - begun),
+            "images_per_second": rate,
             "compile_seconds": compile_seconds,
             "memory_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else None,
             "hardware": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         }
+        if options.traced:
+            record["where"] = where(update, options.traced)
         print(json.dumps(record), flush=True)
         if options.out:
             with open(options.out, "a", encoding="utf-8") as file:

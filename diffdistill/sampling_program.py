@@ -16,6 +16,7 @@ from diffdistill.evaluation import protocols
 from diffdistill.methods.base import images
 from diffdistill.models.denoiser import Condition, Denoiser, guided
 from diffdistill.training import mesh as meshes
+from diffdistill.training import xla
 
 
 @functools.lru_cache(maxsize=16)
@@ -43,6 +44,7 @@ def compiled(
         jax.jit,
         in_shardings=(everywhere, rows, rows, rows, rows, rows, everywhere, everywhere),
         out_shardings=rows,
+        compiler_options=xla.compiler_options(mesh),
     )
     def run(
         params: Any,

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diffdistill.training import mesh as meshes
-from diffdistill.training import processes
+from diffdistill.training import processes, xla
 from diffdistill.training.checkpoints import StageCheckpoints
 from diffdistill.training.errors import Interrupted, NonFiniteLoss
 from diffdistill.training.interrupt import Interrupt, catch_signals
@@ -111,6 +111,7 @@ def compile_step(
             meshes.batch_sharding(mesh),
         ),
         out_shardings=(of_state, everywhere, everywhere),
+        compiler_options=xla.compiler_options(mesh),
     )
     return CompiledStep(function=function, mesh=mesh, updates_per_call=size, state_sharding=of_state)
 
