@@ -118,21 +118,28 @@ def test_operations_are_told_apart_by_their_names():
   ROOT %m = f32[4]{0} multiply(%p, %p), metadata={op_name="jit(call)/transpose(jvp(UNet))/norm1/mul"}
 }
 
+%fused.2 (p: f32[4]) -> f32[4] {
+  %p.2 = f32[4]{0} parameter(0)
+  ROOT %convolution.3 = f32[4]{0} convolution(%p.2, %p.2), dim_labels=b01f_01io->b01f
+}
+
 ENTRY %main.1 (x: f32[4]) -> (f32[4], u8[0]) {
   %x = f32[4]{0} parameter(0)
   %conv.1 = (f32[4]{0}, u8[0]{0}) custom-call(%x), metadata={op_name="jvp(UNet)/conv1/conv_general_dilated"}
   %conv.2 = f32[4]{0} convolution(%x, %x)
   %fusion.1 = f32[4]{0} fusion(%x), kind=kLoop, calls=%fused
+  %ynn_fusion.1 = f32[4]{0} fusion(%x), kind=kCustom, calls=%fused.2
   %adam = f32[4]{0} add(%x, %x), metadata={op_name="jit(call)/add"}
   %loop = f32[4]{0} while(%x), condition=%c, body=%b
   ROOT %copy.1 = f32[4]{0} copy(%x)
 }
 """
     seen = {"conv.1": 1.0, "conv.2": 2.0, "fusion.1": 4.0, "adam": 8.0, "loop": 16.0, "copy.1": 32.0, "another": 64.0}
+    seen["ynn_fusion.1"] = 128.0
     found = where.by_part(program, {(name, name): seconds for name, seconds in seen.items()})
     assert {(part, way): s for part, each in found.items() for way, s in each.items() if s} == {
         ("convolutions", "forward"): 1.0,
-        ("convolutions", "unnamed"): 2.0,
+        ("convolutions", "unnamed"): 130.0,
         ("norms", "backward"): 4.0,
         ("other", "update"): 8.0,
         ("other", "unnamed"): 32.0,

@@ -65,8 +65,10 @@ def by_part(text: str, seen: Mapping[Seen, float]) -> Seconds:
     """Sums the seconds of operations, by name, as the text of their program says what they are for.
 
     Names that the program does not have belong to other programs, and are left out. A fused operation without a name
-    of JAX takes that of the last one in it. Of what a GPU launches together the profiler names the group alone: there
-    the name of a kernel counts, which is that of the operation or says what its library calls it.
+    of JAX takes that of the last one in it; one with a convolution in it is one. Of what a GPU launches together the
+    profiler names the group alone: there the name of a kernel counts, which is that of the operation or says what its
+    library calls it. A convolution of XLA:CPU ends, for the profiler, when its threads have begun it: its time is what
+    the sum lacks to the time of an update.
     """
     places = _places(text)
     kernels = {re.sub(r"\W", "_", name): place for name, place in places.items()}
@@ -88,17 +90,20 @@ def _of_library(kernel: str) -> tuple[str, str]:
 def _places(text: str) -> dict[str, tuple[str, str]]:
     """(part, direction) of every operation of a compiled program, by its name, but for those that contain others."""
     places = {}
-    inside, last = "", {}
+    inside, last, convolving = "", {}, set()
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             inside = match["name"]
         match, named = _INSTRUCTION.match(line), _OP_NAME.search(line)
         if named:
             last[inside] = named[1]
+        if match and match["operation"] == "convolution":
+            convolving.add(inside)
         if match and match["operation"] not in _CONTAINERS:
             calls = _CALLS.search(line)
-            name = named[1] if named else last.get(calls[1], "") if calls else ""
-            places[match["name"]] = _place(name, match["operation"])
+            called = calls[1] if calls else ""
+            name = named[1] if named else last.get(called, "")
+            places[match["name"]] = _place(name, "convolution" if called in convolving else match["operation"])
     return places
 
 
