@@ -101,7 +101,8 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
 
     with tempfile.TemporaryDirectory() as place:
-        cache, run, other = Path(place) / "cache", options.finished or Path(place) / "run", Path(place) / "other"
+        cache, other = Path(place) / "cache", Path(place) / "other"
+        run = (options.finished or Path(place) / "run").resolve()
 
         def saved() -> bool:
             return any((run / "teacher").glob("[0-9]*/_CHECKPOINT_METADATA"))
