@@ -1,5 +1,10 @@
-"""How kernels start: one initialiser per family of networks, each (key, shape, dtype) -> array."""
+"""How kernels start: one initialiser per family of networks, each (key, shape, dtype) -> array.
 
+What they draw with is compiled, so that it is traced once for each shape: flax asks an initialiser for its shape again
+wherever a parameter is used.
+"""
+
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,8 +24,7 @@ def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp
     network's initialisation.
     """
     # The standard deviation of a normal cut at two standard deviations.
-    bound = 1.0 / (0.87962566103423978 * math.sqrt(math.prod(shape[:-1])))
-    return bound * jax.random.truncated_normal(key, -2.0, 2.0, (math.prod(shape),), dtype).reshape(shape)
+    return _truncated_normal(key, 1.0 / (0.87962566103423978 * math.sqrt(math.prod(shape[:-1]))), shape, dtype)
 
 
 def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -32,7 +36,7 @@ def uniform(bound: float) -> Initialiser:
     """Uniform in +-bound."""
 
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
+        return _uniform(key, bound, shape, dtype)
 
     return draw
 
@@ -48,3 +52,13 @@ def xavier_uniform(gain: float = 1.0, side_by_side: int = 1) -> Initialiser:
         return uniform(gain * math.sqrt(6.0 / (fan_in + fan_out)))(key, shape, dtype)
 
     return draw
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _truncated_normal(key: jax.Array, scale: float, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return scale * jax.random.truncated_normal(key, -2.0, 2.0, (math.prod(shape),), dtype).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _uniform(key: jax.Array, bound: float, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)

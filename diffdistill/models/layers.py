@@ -1,5 +1,6 @@
 """The small parts that networks are built from: embeddings of scalars, normalisation, attention."""
 
+import functools
 import math
 import re
 
@@ -128,30 +129,50 @@ class GroupNorm(nn.Module):
         groups = math.gcd(channels, self.num_groups)
         gain = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
+        return _group_norm(x, gain, bias, added, scale, shift, groups=groups, dtype=self.dtype, eps=self.eps)
 
-        def group_mean(values: jax.Array) -> jax.Array:
-            means = values.reshape(-1, groups, channels // groups).mean(axis=-1)
-            return jnp.repeat(means, channels // groups, axis=-1)
 
-        # From each channel's first pixel, which lies among its values: moments about zero would lose the variance of
-        # values that are far from zero (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
-        # Nothing depends on that point, so no gradient flows into it.
-        pivot = jax.lax.stop_gradient(x[:, 0, 0, :]).astype(jnp.float32)
-        x = x.astype(jnp.float32) - pivot[:, None, None, :]
-        mean = x.mean(axis=(1, 2))
-        variance = jnp.maximum(jnp.square(x).mean(axis=(1, 2)) - jnp.square(mean), 0.0)
-        offset = pivot if added is None else pivot + added.astype(jnp.float32)
-        offset -= group_mean(mean + offset)
-        variance = group_mean(variance + jnp.square(mean + offset))
-        gain = jax.lax.rsqrt(variance + self.eps) * gain
-        if scale is not None:
-            scale = 1 + scale.astype(jnp.float32)
-            gain, bias = gain * scale, bias * scale
-        if shift is not None:
-            bias = bias + shift.astype(jnp.float32)
-        # Behind a barrier, since XLA would otherwise sum the gradient of the bias over images and pixels once more.
-        gain, bias = jax.lax.optimization_barrier((gain, offset * gain + bias))
-        return (x * gain[:, None, None, :] + bias[:, None, None, :]).astype(self.dtype)
+# A function that is compiled is traced once for all layers of the same shapes, of which a network has many; what
+# contains it is compiled as one program all the same.
+@functools.partial(jax.jit, static_argnames=("groups", "dtype", "eps"))
+def _group_norm(
+    x: jax.Array,
+    gain: jax.Array,
+    bias: jax.Array,
+    added: jax.Array | None,
+    scale: jax.Array | None,
+    shift: jax.Array | None,
+    *,
+    groups: int,
+    dtype: DTypeLike,
+    eps: float,
+) -> jax.Array:
+    """What GroupNorm computes with the parameters `gain` and `bias` (C,)."""
+    channels = x.shape[-1]
+
+    def group_mean(values: jax.Array) -> jax.Array:
+        means = values.reshape(-1, groups, channels // groups).mean(axis=-1)
+        return jnp.repeat(means, channels // groups, axis=-1)
+
+    # From each channel's first pixel, which lies among its values: moments about zero would lose the variance of
+    # values that are far from zero (Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
+    # Nothing depends on that point, so no gradient flows into it.
+    pivot = jax.lax.stop_gradient(x[:, 0, 0, :]).astype(jnp.float32)
+    x = x.astype(jnp.float32) - pivot[:, None, None, :]
+    mean = x.mean(axis=(1, 2))
+    variance = jnp.maximum(jnp.square(x).mean(axis=(1, 2)) - jnp.square(mean), 0.0)
+    offset = pivot if added is None else pivot + added.astype(jnp.float32)
+    offset -= group_mean(mean + offset)
+    variance = group_mean(variance + jnp.square(mean + offset))
+    gain = jax.lax.rsqrt(variance + eps) * gain
+    if scale is not None:
+        scale = 1 + scale.astype(jnp.float32)
+        gain, bias = gain * scale, bias * scale
+    if shift is not None:
+        bias = bias + shift.astype(jnp.float32)
+    # Behind a barrier, since XLA would otherwise sum the gradient of the bias over images and pixels once more.
+    gain, bias = jax.lax.optimization_barrier((gain, offset * gain + bias))
+    return (x * gain[:, None, None, :] + bias[:, None, None, :]).astype(dtype)
 
 
 def cudnn_permits(dtype: DTypeLike, head_dim: int, platform: str, compute_capability: str) -> bool:
