@@ -1,13 +1,11 @@
-"""How long the program takes to start: anew, from the compilation cache, resumed, and finished. JSON and a table.
+"""How long the program takes to start: anew, from the compilation cache, resumed, or finished. JSON and a table.
 
-    python benchmarks/startup.py --small
-    python benchmarks/startup.py --config=configs/digits.py --brief --out=results/startup.jsonl
+    python benchmarks/startup.py --config=configs/digits.py --out=results/startup.jsonl
     python benchmarks/startup.py --config=configs/digits.py --finished=runs/digits
 
-Of training: seconds from the start of the command until the metrics of its first update are on disk. First with an
-empty compilation cache, then in another workdir with what that left, then resumed from a checkpoint. "finished" is
-the same command once more after its end, until it returns. --small: the smoke variant of the digits, its teacher
-alone. --finished: only that, of a run which is finished.
+Seconds from the start of the command until the metrics of its first update are on disk: first with an empty
+compilation cache, then in another workdir with what that left, then resumed from a checkpoint. --finished: the command
+of a run that is finished, until it returns, twice, since the first may have programs to compile and plots to draw.
 """
 
 from __future__ import annotations
@@ -78,17 +76,10 @@ def main() -> None:
     """The command lines at the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--brief", action="store_true", help="do not run it to its end")
-    parser.add_argument("--finished", type=Path, help="a finished run")
+    parser.add_argument("--finished", type=Path, metavar="RUN", help="only the start of a run that is finished")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
-    flags = ["--config=configs/digits.py:smoke" if options.small else f"--config={options.config}"]
-    if options.small:
-        flags += ["--config.teacher.num_updates=200", "--config.training.save_every=50"]
-        flags += ["--config.guided.num_updates=0", "--config.progressive.num_updates=0"]
-    if not options.finished:
-        flags.append("--config.training.log_every=1")
+    flags = [f"--config={options.config}"]
     records = []
 
     def note(what: str, seconds: float) -> None:
@@ -101,20 +92,19 @@ def main() -> None:
                 file.write(json.dumps(record) + "\n")
 
     with tempfile.TemporaryDirectory() as place:
-        cache, other = Path(place) / "cache", Path(place) / "other"
-        run = (options.finished or Path(place) / "run").resolve()
+        cache, other, run = (Path(place) / name for name in ("cache", "other", "run"))
 
         def saved() -> bool:
             return any((run / "teacher").glob("[0-9]*/_CHECKPOINT_METADATA"))
 
-        if not options.finished:
+        if options.finished:
+            for _ in range(2):
+                note("the command of a finished run", whole(cache, options.finished.resolve(), *flags))
+        else:
+            flags.append("--config.training.log_every=1")
             note("first update, nothing in the cache", first_update(cache, other, *flags))
             note("first update, programs from the cache", first_update(cache, run, *flags, until=saved))
             note("first update after a resume", first_update(cache, run, *flags))
-            if not options.brief:
-                note("the whole run", whole(cache, run, *flags))
-        if not options.brief:
-            note("the same command again, all of it finished", whole(cache, run, *flags))
     print("\n| what | seconds |\n|---|---|")
     for record in records:
         print(f"| {record['what']} | {record['seconds']:.1f} |")

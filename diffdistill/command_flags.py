@@ -123,7 +123,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "benchmarks",
         ["teacher"],
-        "benchmark: what to measure: teacher, guided, halving, distillation, growth, sampling, inputs, features.",
+        "benchmark: what to measure: teacher, guided, halving, distillation, batches, sides, devices, "
+        "sampling, inputs, features.",
     )
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "benchmark: the types to compute in.")
     flags.DEFINE_float("benchmark_seconds", 20.0, "benchmark: seconds of measuring for each record.")

@@ -18,7 +18,7 @@ from diffdistill.evaluation import program, results
 from diffdistill.fields import one_of
 from diffdistill.training import mesh as meshes
 
-BENCHMARKS = (*training.METHODS, "growth", "sampling", "inputs", "features")
+BENCHMARKS = (*training.METHODS, *training.SIZES, "sampling", "inputs", "features")
 ONCE = ("inputs", "features")  # which do not depend on the type, or hardly
 DTYPES = ("float32", "bfloat16")
 
@@ -40,10 +40,10 @@ def run(
       config: network, batch, parts, updates per call and batch of samples are those of its teacher.
       say: receives a line for each record, and what is left out.
       benchmarks: some of BENCHMARKS. teacher, guided, halving, distillation: updates of a stage of that kind, with the
-        teacher's batch. growth: the teacher at other batches, sides of the image and numbers of devices. sampling:
-        every sampler that suits the teacher, without guidance. inputs: reading, mirroring, augmenting, and how long
-        training waits for batches. features: the networks that judge images, in float32. The last two are measured
-        with the first type alone.
+        teacher's batch. batches, sides, devices: the teacher at parts of its batch, at half and twice the side of its
+        images, on fewer devices. sampling: every sampler that suits the teacher, without guidance. inputs: reading,
+        mirroring, augmenting, and how long training waits for batches. features: the networks that judge images, in
+        float32. The last two are measured with the first type alone.
       dtypes: some of DTYPES.
       seconds: of measuring for each record, after compilation and one call; two calls at least.
       traced: further calls of each stage that trains, which the profiler watches; a table says where their time goes.
@@ -163,8 +163,8 @@ def _measurements(
     if name in training.METHODS:
         config_with, stage = training.with_stage(config, name)
         yield training.measure(config_with, stage, facts, mesh, seconds, traced=traced)
-    elif name == "growth":
-        for each, shown, devices in training.sizes(config, facts, mesh):
+    elif name in training.SIZES:
+        for each, shown, devices in training.SIZES[name](config, facts, mesh):
             stage = training.with_stage(each, "teacher")[1]
             measured = training.measure(each, stage, shown, devices, seconds)
             yield {"image_shape": list(shown.image_shape), "devices": devices.size, **measured}

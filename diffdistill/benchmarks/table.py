@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffdistill import plan
+from diffdistill.benchmarks import training
 from diffdistill.evaluation import results
 
 
@@ -38,7 +39,7 @@ def subject(record: results.Record) -> str:
     name = record["benchmark"]
     if name == "sampling":
         return f"{record['sampler']} in {record['num_steps']} steps"
-    if name == "growth":
+    if name in training.SIZES:
         height, width, _ = record["image_shape"]
         return f"teacher at {height}x{width} on {record['devices']} devices"
     return record.get("what", name)

@@ -103,20 +103,34 @@ def _networks(config: Config, stage: chain.Stage, facts: chain.DataFacts, mesh: 
     return dict.fromkeys(starts, params), dict.fromkeys(frozen, params)
 
 
-def sizes(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[tuple[Config, chain.DataFacts, Mesh]]:
-    """The teacher at parts of its batch, at half and twice the side of its images, and on fewer devices."""
-    batch = config.teacher.batch_size
+Size = tuple[Config, chain.DataFacts, Mesh]
+
+
+def _batches(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[Size]:
+    """A quarter, half and all of the teacher's batch, where the devices and its parts divide it."""
     found = []
-    for smaller in (batch // 4, batch // 2, batch):
+    for smaller in (config.teacher.batch_size // 4, config.teacher.batch_size // 2, config.teacher.batch_size):
         if smaller and smaller % mesh.size == 0 and smaller % config.teacher.parts == 0:
             teacher = dataclasses.replace(config.teacher, batch_size=smaller)
             found.append((dataclasses.replace(config, teacher=teacher), facts, mesh))
+    return found
+
+
+def _sides(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[Size]:
+    """Half and twice the side of the teacher's images, where its levels divide it."""
     height, width, channels = facts.image_shape
     factor = 2 ** (len(config.model.multipliers) - 1)
-    for shape in ((height // 2, width // 2, channels), (2 * height, 2 * width, channels)):
-        if shape[0] and shape[0] % factor == 0 and shape[1] % factor == 0:
-            found.append((config, dataclasses.replace(facts, image_shape=shape), mesh))
-    if jax.process_count() == 1:
-        counts = [2**power for power in range((mesh.size - 1).bit_length())]
-        found += [(config, facts, meshes.make_mesh(count)) for count in counts if count < mesh.size]
-    return found
+    shapes = [(height // 2, width // 2, channels), (2 * height, 2 * width, channels)]
+    fitting = [shape for shape in shapes if shape[0] and shape[0] % factor == 0 and shape[1] % factor == 0]
+    return [(config, dataclasses.replace(facts, image_shape=shape), mesh) for shape in fitting]
+
+
+def _devices(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[Size]:
+    """1, 2, 4, ... and all devices of the only process; all of them where there are several processes."""
+    alone = jax.process_count() == 1
+    fewer = [2**power for power in range((mesh.size - 1).bit_length())] if alone else []
+    return [(config, facts, each) for each in (*map(meshes.make_mesh, fewer), mesh)]
+
+
+SIZES = {"batches": _batches, "sides": _sides, "devices": _devices}
+"""The teacher at what sizes a benchmark measures."""
