@@ -135,7 +135,11 @@ SMOKE = (*(f"cifar10-cond-ddpmpp-{letter}" for letter in edm.LETTERS), "cifar10-
 
 @pytest.mark.parametrize("row", SMOKE)
 def test_the_smoke_variant_of_every_letter_trains(row, tmp_path):
-    run = runner.prepare(config(f"{row}-smoke"), str(tmp_path))
+    settings = config(f"{row}-smoke")
+    if row[-1] in "BCDE":  # whose network is that of A or F: one level of it compiles faster
+        model = dataclasses.replace(settings.model, multipliers=(1,), attention_resolutions=())
+        settings = dataclasses.replace(settings, model=model)
+    run = runner.prepare(settings, str(tmp_path))
     runner.train(run, Interrupt(), say=lambda text: None)
     assert [stage.name for stage in runner.finished(run.workdir)] == ["teacher"]
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
