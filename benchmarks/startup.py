@@ -101,7 +101,7 @@ def main() -> None:
             for _ in range(2):
                 note("the command of a finished run", whole(cache, options.finished.resolve(), *flags))
         else:
-            flags.append("--config.training.log_every=1")
+            flags += ["--config.training.log_every=1", "--config.training.save_every=20"]
             note("first update, nothing in the cache", first_update(cache, other, *flags))
             note("first update, programs from the cache", first_update(cache, run, *flags, until=saved))
             note("first update after a resume", first_update(cache, run, *flags))

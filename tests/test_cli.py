@@ -194,7 +194,8 @@ def full_disk(folder: Path, size: str) -> bool:
 
 
 def test_a_full_disk_loses_nothing_and_the_same_command_continues(tmp_path):
-    if not full_disk(tmp_path, "2m"):
+    # A checkpoint takes 1.6 MB, and a little more where the machine is slow: one fits, two do not.
+    if not full_disk(tmp_path, "2600k"):
         pytest.skip("needs the right to mount a small file system")
     try:
         command = (SMOKE, "--mode=train", f"--workdir={tmp_path / 'run'}", "--config.progressive.num_updates=0")
