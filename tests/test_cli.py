@@ -194,7 +194,7 @@ def full_disk(folder: Path, size: str) -> bool:
 
 
 def test_a_full_disk_loses_nothing_and_the_same_command_continues(tmp_path):
-    # A checkpoint takes 1.6 MB, and a little more where the machine is slow: one fits, two do not.
+    # A checkpoint takes 1.6 MB, sometimes more, in as many pieces as tensorstore chooses: one fits, two do not.
     if not full_disk(tmp_path, "2600k"):
         pytest.skip("needs the right to mount a small file system")
     try:

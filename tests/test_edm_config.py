@@ -134,9 +134,9 @@ SMOKE = (*(f"cifar10-cond-ddpmpp-{letter}" for letter in edm.LETTERS), "cifar10-
 
 
 @pytest.mark.parametrize("row", SMOKE)
-def test_the_smoke_variant_of_every_letter_trains(row, tmp_path):
+def test_every_letter_trains_as_its_smoke_variant_or_smaller(row, tmp_path):
     settings = config(f"{row}-smoke")
-    if row[-1] in "BCDE":  # whose network is that of A or F: one level of it compiles faster
+    if row[-1] in "BCE":  # B and C have the network of A, E that of D: one level of it compiles faster
         model = dataclasses.replace(settings.model, multipliers=(1,), attention_resolutions=())
         settings = dataclasses.replace(settings, model=model)
     run = runner.prepare(settings, str(tmp_path))

@@ -41,9 +41,9 @@ def run(
       say: receives a line for each record, and what is left out.
       benchmarks: some of BENCHMARKS. teacher, guided, halving, distillation: updates of a stage of that kind, with the
         teacher's batch. batches, sides, devices: the teacher at parts of its batch, at half and twice the side of its
-        images, on fewer devices. sampling: every sampler that suits the teacher, without guidance. inputs: reading,
-        mirroring, augmenting, and how long training waits for batches. features: the networks that judge images, in
-        float32. The last two are measured with the first type alone.
+        images, on 1, 2, 4, ... and all devices. sampling: every sampler that suits the teacher, without guidance.
+        inputs: reading, mirroring, augmenting, and how long training waits for batches. features: the networks that
+        judge images, in float32. The last two are measured with the first type alone.
       dtypes: some of DTYPES.
       seconds: of measuring for each record, after compilation and one call; two calls at least.
       traced: further calls of each stage that trains, which the profiler watches; a table says where their time goes.

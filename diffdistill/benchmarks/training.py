@@ -126,11 +126,12 @@ def _sides(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[Size]:
 
 
 def _devices(config: Config, facts: chain.DataFacts, mesh: Mesh) -> list[Size]:
-    """1, 2, 4, ... and all devices of the only process; all of them where there are several processes."""
+    """1, 2, 4, ... (those that divide the batch) and all devices; all alone where there are several processes."""
     alone = jax.process_count() == 1
     fewer = [2**power for power in range((mesh.size - 1).bit_length())] if alone else []
+    fewer = [count for count in fewer if config.teacher.batch_size % count == 0]
     return [(config, facts, each) for each in (*map(meshes.make_mesh, fewer), mesh)]
 
 
 SIZES = {"batches": _batches, "sides": _sides, "devices": _devices}
-"""The teacher at what sizes a benchmark measures."""
+"""The sizes at which each of these benchmarks measures the teacher."""

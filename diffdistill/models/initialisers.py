@@ -1,7 +1,7 @@
 """How kernels start: one initialiser per family of networks, each (key, shape, dtype) -> array.
 
-What they draw with is compiled, so that it is traced once for each shape: flax asks an initialiser for its shape again
-wherever a parameter is used.
+What they draw with is a function under jax.jit, so that it is traced once for each shape: flax asks an initialiser for
+its shape again wherever a parameter is used.
 """
 
 import functools

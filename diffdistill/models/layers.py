@@ -132,8 +132,7 @@ class GroupNorm(nn.Module):
         return _group_norm(x, gain, bias, added, scale, shift, groups=groups, dtype=self.dtype, eps=self.eps)
 
 
-# A function that is compiled is traced once for all layers of the same shapes, of which a network has many; what
-# contains it is compiled as one program all the same.
+# Under jax.jit it is traced once for all layers of the same shapes, of which a network has many. XLA sees one program.
 @functools.partial(jax.jit, static_argnames=("groups", "dtype", "eps"))
 def _group_norm(
     x: jax.Array,
