@@ -61,6 +61,10 @@ class Chain:
         workdir = self.workdir.as_uri() if address else self.workdir
         return kill_chain.start(workdir, UPDATES, "digits", program=program, environment=environment)
 
+    def names_damage(self, errors: str) -> bool:
+        """Whether a message names a file that a trial has damaged."""
+        return any(Path(each).name in errors for each in self.damaged)
+
     def reach(self, process: subprocess.Popen[str]) -> bool:
         """Waits until a few more checkpoints are there, and a moment; False where the process ended first."""
         target = saved(self.workdir) + self.chance.choice((1, 1, 8, 16))
@@ -212,8 +216,7 @@ def damage(chain: Chain, kind: str) -> Outcome:
     name = str(file.relative_to(chain.workdir))
     chain.damaged.add(name)
     outcome = stopped(chain, chain.start(), f"{kind} {name}", lambda: True)
-    named = any(Path(each).name in outcome.errors for each in chain.damaged)
-    assert outcome.code != 1 or named, f"{name} is not named: {outcome.errors}"
+    assert outcome.code != 1 or chain.names_damage(outcome.errors), f"{name} is not named: {outcome.errors}"
     return dataclasses.replace(outcome, damaged=name)
 
 
@@ -259,6 +262,8 @@ def check(chain: Chain, fault: str, outcome: Outcome, before: dict[tuple[str, in
     # A process that has failed or finished may be told to stop when it no longer listens.
     over = "Error: " in outcome.errors or f"{UPDATES}/{UPDATES}" in outcome.errors
     ending = outcome.code == -signal.SIGTERM and over
+    # What an earlier trial has damaged may first be read by a process that has just been told to stop.
+    ending |= outcome.code == 1 and chain.names_damage(outcome.errors)
     assert ending or outcome.code in (0, *expected.get(fault, (1, 143))), f"exit code {outcome.code}: {outcome.errors}"
     if outcome.code in (1, 3):
         assert len(re.findall("^Error: ", outcome.errors, re.MULTILINE)) == 1, outcome.errors
