@@ -263,7 +263,7 @@ def check(chain: Chain, fault: str, outcome: Outcome, before: dict[tuple[str, in
     over = "Error: " in outcome.errors or f"{UPDATES}/{UPDATES}" in outcome.errors
     ending = outcome.code == -signal.SIGTERM and over
     # What an earlier trial has damaged may first be read by a process that has just been told to stop.
-    ending |= outcome.code == 1 and chain.names_damage(outcome.errors)
+    ending |= outcome.code == 1 and " is damaged: " in outcome.errors and chain.names_damage(outcome.errors)
     assert ending or outcome.code in (0, *expected.get(fault, (1, 143))), f"exit code {outcome.code}: {outcome.errors}"
     if outcome.code in (1, 3):
         assert len(re.findall("^Error: ", outcome.errors, re.MULTILINE)) == 1, outcome.errors
